@@ -1,0 +1,22 @@
+"""The one place that knows jax versions (0.10 on Python 3.11, 0.12 on 3.12 and later)."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
+
+
+def make_mesh(devices: np.ndarray, axis_names: tuple[str, ...]) -> Mesh:
+    """A mesh whose axes the compiler partitions by itself.
+
+    `jax.make_mesh` defaults to Explicit axes since jax 0.9; the code here relies on propagation.
+    """
+    return Mesh(devices, axis_names, axis_types=(AxisType.Auto,) * len(axis_names))
+
+
+def shard_map(function, *, mesh: Mesh, in_specs, out_specs):
+    """Per-device code. Replication isn't checked: Pallas kernels can't state it."""
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
