@@ -1,0 +1,267 @@
+"""The one schema of a run: every field with its default, locked, and the checks that span fields.
+
+A config file is Python with `get_config(arg)`; it starts from `defaults()` and sets what differs. Names follow the ones
+users of other SFT tools know. Only `main`, `train` and the tools see the ConfigDict; everything below takes
+plain arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any
+
+import ml_collections
+
+from sftjax.errors import ConfigError
+
+ConfigDict = ml_collections.ConfigDict
+
+CHOICES = {
+    "model.params_dtype": ("float32", "bfloat16"),
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "full", "dots", "attention"),
+    "data.packing": ("first_fit", "best_fit", "none", "padding_free"),
+    "data.over_length": ("drop", "truncate", "split", "error"),
+    "data.train_on": ("all", "last", "weights"),
+    "data.on_mask_error": ("raise", "drop", "unroll"),
+    "train.lr_scheduler_type": ("cosine", "linear", "constant", "wsd"),
+    "train.loss_reduction": ("token", "example"),
+    "peft.method": ("none", "lora"),
+    "peft.bias": ("none", "all", "lora_only"),
+    "peft.init": ("default", "pissa"),
+    "export.dtype": ("float32", "bfloat16", "float16"),
+    "export.checkpoint": ("best", "last"),
+}
+
+
+def defaults() -> ConfigDict:
+    """A complete, locked configuration; `model.path` and `data.train` are what a run must set."""
+    config = ConfigDict()
+    config.seed = 0
+    config.run_dir = "runs/sft"
+
+    config.model = ConfigDict()
+    config.model.path = ""  # HF folder, .gguf file, or hub id
+    config.model.params_dtype = "float32"  # of the trained weights; the optimizer's masters are the weights themselves
+    config.model.frozen_dtype = "bfloat16"  # of weights that aren't trained (PEFT)
+    config.model.compute_dtype = "bfloat16"
+    config.model.remat = "full"
+    config.model.attention = ""  # a kernel's name; empty: the first that can do the job
+    config.model.scan_unroll = 1
+    config.model.attention_dropout = 0.0
+    config.model.residual_dropout = 0.0
+    config.model.embedding_dropout = 0.0
+    config.model.chat_template = ""  # built-in name or file; empty: the tokenizer's own
+    config.model.end_of_turn = ""  # the token generation stops on; empty: the template's own
+    config.model.pad_vocab_to_multiple_of = 1
+
+    config.data = ConfigDict()
+    config.data.train = ()  # paths or dicts: path, format, split ("[:1000]"), fields, weight, name
+    config.data.eval = ()  # held-out sources; empty: `eval_fraction` of the training rows
+    config.data.eval_fraction = 0.0
+    config.data.max_eval_rows = 0  # 0: all
+    config.data.format = "auto"
+    config.data.max_length = 2048
+    config.data.over_length = "truncate"
+    config.data.packing = "first_fit"
+    config.data.packing_bins = 64
+    config.data.max_segments = 32
+    config.data.train_on = "all"
+    config.data.on_mask_error = "unroll"
+    config.data.max_dropped_fraction = 0.1
+    config.data.shuffle = True
+    config.data.workers = 0
+    config.data.preflight_rows = 20_000  # above this the preflight samples
+
+    config.train = ConfigDict()
+    config.train.batch_size = 16  # sequences in an optimizer step, over all devices and micro-batches
+    config.train.batch_tokens = 0  # the same in tokens; overrides batch_size
+    config.train.gradient_accumulation_steps = 1
+    config.train.num_train_epochs = 1.0
+    config.train.max_steps = 0  # 0: by epochs
+    config.train.learning_rate = 2e-5
+    config.train.lr_scheduler_type = "cosine"
+    config.train.warmup_ratio = 0.03
+    config.train.warmup_steps = 0  # overrides the ratio
+    config.train.optim = "adamw"
+    config.train.adam_beta1 = 0.9
+    config.train.adam_beta2 = 0.999
+    config.train.adam_epsilon = 1e-8
+    config.train.weight_decay = 0.0
+    config.train.no_decay = r".*(norm/weight|/bias|/scale|/magnitude|/sinks)"  # regex over parameter paths
+    config.train.max_grad_norm = 1.0
+    config.train.trainable = ""  # regex over parameter paths; empty: everything, or what the adapter method trains
+    config.train.loss_reduction = "token"
+    config.train.neftune_noise_alpha = 0.0
+    config.train.max_nonfinite_steps = 5  # in a row, then the run stops
+    config.train.logging_steps = 1
+
+    config.peft = ConfigDict()
+    config.peft.method = "none"
+    config.peft.r = 16
+    config.peft.lora_alpha = 32.0
+    config.peft.lora_dropout = 0.0
+    config.peft.target_modules = "all-linear"  # names, a regex, or all-linear (all but the head)
+    config.peft.rank_pattern = ConfigDict(convert_dict=False)
+    config.peft.alpha_pattern = ConfigDict(convert_dict=False)
+    config.peft.use_rslora = False
+    config.peft.use_dora = False
+    config.peft.lora_plus_ratio = 1.0  # learning rate of B over that of A
+    config.peft.init = "default"
+    config.peft.bias = "none"
+    config.peft.modules_to_save = ()
+    config.peft.adapter_path = ""  # a PEFT folder to go on from
+
+    config.eval = ConfigDict()
+    config.eval.eval_steps = 0  # 0: only before and after training
+    config.eval.batch_size = 0  # 0: the size of a training micro-batch
+    config.eval.early_stopping_patience = 0  # evaluations without a better eval_loss; 0: off
+    config.eval.prompts = ""  # file of prompts answered at each evaluation; empty: from the held-out rows
+    config.eval.num_samples = 3
+    config.eval.max_new_tokens = 64
+    config.eval.temperature = 0.0  # 0: greedy
+    config.eval.top_k = 0
+    config.eval.top_p = 1.0
+    config.eval.repetition_penalty = 1.0
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.save_steps = 0  # 0: at evaluations and at the end
+    config.checkpoint.save_total_limit = 2
+
+    config.export = ConfigDict()
+    config.export.enabled = True
+    config.export.dtype = "bfloat16"
+    config.export.merge = False  # fold a LoRA adapter into the weights
+    config.export.checkpoint = "best"
+
+    config.mesh = ConfigDict()  # devices on each axis; one may be -1, the rest
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 1
+    config.mesh.context = 1
+    config.mesh.expert = 1
+
+    config.log = ConfigDict()
+    config.log.tensorboard = True
+    config.log.wandb_project = ""
+    return config.lock()
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2, default=list)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config saved with a run. Fields that have come since take their defaults."""
+    config = defaults()
+    _update(config, json.loads(text), "")
+    return config
+
+
+def _update(config: ConfigDict, values: dict[str, Any], prefix: str) -> None:
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in config:
+            raise ConfigError(unknown_field(path, config, prefix))
+        if isinstance(config[key], ConfigDict) and isinstance(value, dict) and len(config[key]):
+            _update(config[key], value, path + ".")
+        else:
+            with config.ignore_type():
+                config[key] = tuple(value) if isinstance(value, list) else value
+
+
+def unknown_field(path: str, config: ConfigDict, prefix: str = "") -> str:
+    """The message for a key that doesn't exist: names the nearest that does."""
+    fields = field_names(config, prefix)
+    close = difflib.get_close_matches(path, fields, n=1, cutoff=0.5)
+    if not close:
+        leaf = {name.rsplit(".", 1)[-1]: name for name in fields}
+        close = [leaf[name] for name in difflib.get_close_matches(path.rsplit(".", 1)[-1], leaf, n=1, cutoff=0.6)]
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"config: there is no field {path!r}{hint}"
+
+
+def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    names = []
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        names += field_names(value, f"{prefix}{key}.") if nested and len(value) else [f"{prefix}{key}"]
+    return names
+
+
+def rows_per_step(config: ConfigDict) -> int:
+    """Sequences in one optimizer step."""
+    if config.train.batch_tokens:
+        return config.train.batch_tokens // config.data.max_length
+    return config.train.batch_size
+
+
+def check(config: ConfigDict, *, num_devices: int) -> None:
+    """Everything that can be known to be wrong before anything is read.
+
+    Raises:
+      ConfigError: names each field at fault and the remedy, all at once.
+    """
+    problems = []
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            problems.append(message)
+
+    for path, choices in CHOICES.items():
+        group, field = path.split(".")
+        require(config[group][field] in choices, f"{path}={config[group][field]!r}: choose one of {', '.join(choices)}")
+    require(bool(config.model.path), "model.path is empty: give a Hugging Face folder, a .gguf file or a hub id")
+    require(len(config.data.train) > 0, "data.train is empty: name at least one file")
+    length = config.data.max_length
+    require(
+        length > 0 and length % 128 == 0,
+        f"data.max_length={length} is not a multiple of 128: use {max(128, round(length / 128) * 128)}",
+    )
+    rows, micro = rows_per_step(config), config.train.gradient_accumulation_steps
+    require(rows >= 1, f"train.batch_tokens={config.train.batch_tokens} is less than one sequence of {length}")
+    require(micro >= 1, f"train.gradient_accumulation_steps={micro} must be at least 1")
+    shape = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor", "context", "expert")}
+    batch_shards = _batch_shards(shape, num_devices, require)
+    if micro >= 1 and rows >= 1 and batch_shards:
+        require(
+            rows % micro == 0,
+            f"train.batch_size={rows} is not divisible by train.gradient_accumulation_steps={micro}",
+        )
+        require(
+            (rows // micro) % batch_shards == 0,
+            f"a micro-batch of {rows // micro} sequences (train.batch_size={rows} over "
+            f"train.gradient_accumulation_steps={micro}) does not divide over {batch_shards} devices "
+            f"(mesh.data x mesh.fsdp): make train.batch_size a multiple of {micro * batch_shards}, or lower mesh.fsdp",
+        )
+    require(config.data.max_segments >= 2, "data.max_segments must be at least 2: the padding is a segment of its own")
+    require(0 <= config.data.eval_fraction < 1, f"data.eval_fraction={config.data.eval_fraction} is not in [0, 1)")
+    require(
+        config.train.max_steps > 0 or config.train.num_train_epochs > 0,
+        "set train.num_train_epochs or train.max_steps above 0",
+    )
+    require(config.train.learning_rate >= 0, f"train.learning_rate={config.train.learning_rate} is negative")
+    require(config.peft.r >= 1, f"peft.r={config.peft.r} must be at least 1")
+    require(
+        not (config.eval.early_stopping_patience and not config.eval.eval_steps),
+        "eval.early_stopping_patience needs eval.eval_steps",
+    )
+    if problems:
+        raise ConfigError("config: " + "; ".join(problems))
+
+
+def _batch_shards(shape: dict[str, int], num_devices: int, require) -> int:
+    """Devices over which rows are split; 0 when the mesh itself is wrong."""
+    free = [axis for axis, size in shape.items() if size == -1]
+    fixed = 1
+    for axis, size in shape.items():
+        require(size == -1 or size >= 1, f"mesh.{axis}={size}: use -1 (the rest) or a positive number")
+        fixed *= size if size > 0 else 1
+    require(len(free) <= 1, f"only one mesh axis may be -1, not {', '.join(free)}")
+    fits = num_devices % fixed == 0 if free else num_devices == fixed
+    require(fits, f"the mesh {shape} does not cover {num_devices} devices exactly: set one axis to -1")
+    if not fits or len(free) > 1 or fixed < 1:
+        return 0
+    shape = {axis: num_devices // fixed if size == -1 else size for axis, size in shape.items()}
+    return shape["data"] * shape["fsdp"]

@@ -1,0 +1,119 @@
+"""From a model's record and settings to compiled steps with their shardings: used by training, planning, benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sftjax import step as steps
+from sftjax import tree
+from sftjax.models.config import ModelConfig
+from sftjax.models.decoder import Runtime
+from sftjax.parallel import partition
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A training job before any weights exist: what it would hold, where, and what it would run."""
+
+    config: ModelConfig
+    runtime: Runtime
+    mesh: Mesh
+    trainable_regex: str
+    optimizer: optax.GradientTransformation
+    abstract_state: steps.TrainState  # shapes, dtypes and shardings
+    abstract_frozen: dict[str, Any]
+    train_step: Any  # (state, frozen, batch [A, B, L]) -> (state, metrics); the state is donated
+    eval_step: Any  # (trainable, frozen, batch [B, L]) -> sums by segment
+
+    def init_state(self, variables: dict[str, Any]) -> tuple[steps.TrainState, dict[str, Any]]:
+        """Splits loaded variables into (fresh state, frozen leaves)."""
+        trainable, frozen = tree.partition(variables, self.trainable_regex)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+        def make(trainable):
+            zero = jnp.zeros((), jnp.int32)
+            return steps.TrainState(zero, trainable, self.optimizer.init(trainable), zero)
+
+        return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trainable), frozen
+
+    def put(self, batch: dict[str, Any], rows: Any = None) -> steps.Batch:
+        """Host arrays `[..., B, L]` (this process's rows) to global device arrays."""
+        ndim = next(iter(batch.values())).ndim
+        sharding = partition.batch_sharding(self.mesh, ndim)
+        return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+    def count(self) -> dict[str, int]:
+        """Numbers of parameters: "trainable", "adapter" and "base" (what the model has without the adapter)."""
+
+        def size(part):
+            return sum(leaf.size for path, leaf in tree.flatten(part).items() if not path.endswith("/scale"))
+
+        everything = tree.merge(self.abstract_state.trainable, self.abstract_frozen)
+        adapter = size(everything.get("adapter", {}))
+        return {"trainable": size(self.abstract_state.trainable), "adapter": adapter, "base": size(everything["params"])}
+
+
+def build(
+    config: ModelConfig,
+    runtime: Runtime,
+    mesh: Mesh,
+    abstract_variables: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    trainable_regex: str,
+    max_segments: int,
+    seed: int,
+) -> Program:
+    """Settles shapes and shardings; nothing is allocated and nothing compiled yet.
+
+    Args:
+      abstract_variables: collections of `ShapeDtypeStruct`s ("params", and "adapter" or "quant" where there are any).
+      trainable_regex: over "<collection>/<path>".
+    """
+    shardings = partition.shardings(abstract_variables, mesh)
+    abstract = jax.tree.map(_with_sharding, abstract_variables, shardings)
+    trainable, frozen = tree.partition(abstract, trainable_regex)
+    if not trainable:
+        raise ValueError(f"no parameter matches the trainable regex {trainable_regex!r}")
+    replicated = NamedSharding(mesh, PartitionSpec())
+    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    opt_state = jax.eval_shape(optimizer.init, trainable)
+    opt_state = jax.tree.map(_with_sharding, opt_state, partition.optimizer_shardings(opt_state, trainable, mesh))
+    state = steps.TrainState(counter, trainable, opt_state, counter)
+
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    static = {"config": config, "runtime": runtime}
+    train_step = jax.jit(
+        functools.partial(steps.train_step, **static, optimizer=optimizer, seed=seed),
+        donate_argnums=0,
+        out_shardings=(state_shardings, replicated),
+    )
+    eval_step = jax.jit(
+        functools.partial(
+            steps.eval_step, config=config, runtime=_deterministic(runtime), max_segments=max_segments
+        ),
+        out_shardings=replicated,
+    )
+    return Program(config, runtime, mesh, trainable_regex, optimizer, state, frozen, train_step, eval_step)
+
+
+def _with_sharding(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _deterministic(runtime: Runtime) -> Runtime:
+    return dataclasses.replace(
+        runtime,
+        adapter_dropout=0.0,
+        attention_dropout=0.0,
+        residual_dropout=0.0,
+        embedding_dropout=0.0,
+        neftune_alpha=0.0,
+    )

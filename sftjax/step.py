@@ -1,0 +1,147 @@
+"""One optimizer step and one evaluation step, as pure functions of arrays.
+
+Full tuning, LoRA and every other method are the same step: the optimizer sees the `trainable` leaves and nothing
+else. A batch holds `[A, B, L]` arrays (DESIGN: A micro-batches of B rows of L tokens); the loss of a step is
+
+    sum(weight * nll) / sum(weight)      over all micro-batches and devices,
+
+with the denominator taken before the first micro-batch, so that accumulation changes memory and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from sftjax import tree
+from sftjax.models import decoder
+from sftjax.models.config import ModelConfig
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What training changes, and all of it."""
+
+    step: jax.Array  # i32, optimizer steps taken or skipped
+    trainable: dict[str, Any]
+    opt_state: Any
+    nonfinite: jax.Array  # i32, steps skipped in a row
+
+
+def loss_and_gradients(
+    trainable, frozen, batch: Batch, rng, *, config: ModelConfig, runtime: decoder.Runtime
+) -> tuple[dict[str, jax.Array], Any]:
+    """Sums over the micro-batches, and the gradient of the step's loss.
+
+    Returns:
+      (sums, gradients): `sums` has scalars "nll" (weighted), "weight", "trained" and "correct" (tokens with weight
+      above 0), and "moe_loss" (mean over micro-batches; 0 without experts).
+    """
+    weight = jnp.sum(batch["weights"], dtype=jnp.float32)
+    scale = 1.0 / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+    micro_batches = batch["tokens"].shape[0]
+
+    def micro_loss(trainable, micro, rng):
+        variables = tree.merge(trainable, frozen)
+        hidden, aux = decoder.hidden_states(
+            config,
+            runtime,
+            variables,
+            micro["tokens"],
+            micro["positions"],
+            micro["segment_ids"],
+            dropout_rng=rng,
+            weights=micro["weights"],
+        )
+        nll, token = decoder.token_loss(config, runtime, variables, hidden, micro["targets"], micro["weights"])
+        trained = micro["weights"] > 0
+        moe_loss = aux.get("moe_loss", jnp.zeros((), jnp.float32)) / micro_batches
+        sums = {
+            "nll": nll,
+            "trained": jnp.sum(trained),
+            "correct": jnp.sum(token["correct"] & trained),
+            "moe_loss": moe_loss,
+        }
+        return nll * scale + moe_loss, sums
+
+    gradient = jax.grad(micro_loss, has_aux=True)
+    if micro_batches == 1:
+        gradients, sums = gradient(trainable, jax.tree.map(lambda x: x[0], batch), rng)
+    else:
+
+        def accumulate(carry, inputs):
+            index, micro = inputs
+            new = gradient(trainable, micro, None if rng is None else jax.random.fold_in(rng, index))
+            return jax.tree.map(jnp.add, carry, new), None
+
+        shapes = jax.eval_shape(gradient, trainable, jax.tree.map(lambda x: x[0], batch), rng)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (gradients, sums), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(micro_batches), batch))
+    return {**sums, "weight": weight}, gradients
+
+
+def train_step(
+    state: TrainState,
+    frozen,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    runtime: decoder.Runtime,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. A step whose loss or gradient isn't finite leaves parameters and optimizer as they were.
+
+    Returns:
+      (state, metrics): scalars "nll", "weight", "trained", "correct", "moe_loss", "grad_norm", "finite".
+    """
+    rng = jax.random.fold_in(jax.random.key(seed), state.step) if runtime.is_stochastic else None
+    sums, gradients = loss_and_gradients(state.trainable, frozen, batch, rng, config=config, runtime=runtime)
+    grad_norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(sums["nll"]) & jnp.isfinite(grad_norm)
+    # A step without a single trained token changes nothing either: weight decay alone isn't training.
+    apply = finite & (sums["weight"] > 0)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+
+    def choose(new, old):
+        return jnp.where(apply, new, old)
+
+    new_state = TrainState(
+        step=state.step + 1,
+        trainable=jax.tree.map(choose, trainable, state.trainable),
+        opt_state=jax.tree.map(choose, opt_state, state.opt_state),
+        nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
+    )
+    return new_state, {**sums, "grad_norm": grad_norm, "finite": finite}
+
+
+def eval_step(
+    trainable, frozen, batch: Batch, *, config: ModelConfig, runtime: decoder.Runtime, max_segments: int
+) -> dict[str, jax.Array]:
+    """Sums per segment of a `[B, L]` batch, so that the host can total them by example or by source.
+
+    Returns:
+      "nll", "weight", "trained", "correct": `[B, max_segments]`, column s for segment id s + 1.
+    """
+    variables = tree.merge(trainable, frozen)
+    hidden, _ = decoder.hidden_states(
+        config, runtime, variables, batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    _, token = decoder.token_loss(config, runtime, variables, hidden, batch["targets"], batch["weights"])
+    trained = batch["weights"] > 0
+
+    def by_segment(values_BxL):
+        return jax.vmap(lambda v, s: jax.ops.segment_sum(v, s - 1, max_segments))(values_BxL, batch["segment_ids"])
+
+    return {
+        "nll": by_segment(jnp.where(trained, token["nll"], 0.0) * batch["weights"]),
+        "weight": by_segment(batch["weights"]),
+        "trained": by_segment(trained.astype(jnp.int32)),
+        "correct": by_segment((token["correct"] & trained).astype(jnp.int32)),
+    }
