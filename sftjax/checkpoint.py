@@ -1,0 +1,584 @@
+"""Checkpoints: the state and the data position as one atomic unit, with a digest that finds any flipped bit.
+
+Orbax writes asynchronously, shards across processes and restores onto other meshes, but it doesn't check the array data:
+one flipped bit restores silently. So a *digest* of every leaf is computed on the devices before a save, committed in
+the same folder, and compared after a restore. A damaged newest checkpoint is renamed aside and the one before it is
+used; a run with nothing sound left is an error, never a quiet restart from zero.
+
+    checkpoints/<step>/{state,position,meta,digest,metrics}    committed by renaming a temporary folder
+    checkpoints/LATEST, BEST                                   the steps' numbers, for people and scripts
+    checkpoints/deleted/, damaged/                             being removed (renamed first); put aside
+
+The state is stored as nested dicts by path, so that a part of it (`restore_params`) can be read without its classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from orbax.checkpoint import checkpoint_managers as policies
+
+from sftjax import tree as tree_lib
+from sftjax.errors import ConfigError, StorageError
+
+log = logging.getLogger(__name__)
+
+STATE_ITEMS = ("state", "position", "meta", "digest")
+DELETED, DAMAGED = "deleted", "damaged"
+# Digest multipliers: large odd constants of splitmix/murmur finalisers; any two unrelated odd numbers would do.
+MULTIPLIERS = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds: the step, the state, where the data stood, and what the saver added."""
+
+    step: int
+    state: Any
+    position: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class _Damaged(Exception):
+    """A checkpoint can't be read, or isn't what was written."""
+
+
+# --- digest -----------------------------------------------------------------------------------------------------------
+
+
+def _words(leaf: jax.Array) -> jax.Array:
+    """The bits of an array as uint32 `[..., words]`; exact for every dtype."""
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
+    bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.finfo(leaf.dtype).bits
+    if bits < 8:  # int4 and such: widening keeps the value, and so the bits
+        leaf, bits = leaf.astype(jnp.int8), 8
+    if bits >= 32:
+        words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+        return words if bits > 32 else words[..., None]
+    return jax.lax.bitcast_convert_type(leaf, {8: jnp.uint8, 16: jnp.uint16}[bits]).astype(jnp.uint32)[..., None]
+
+
+def leaf_digest(leaf: jax.Array) -> jax.Array:
+    """Two 32-bit sums over all words of `word * odd hash of its position`, modulo 2^32: uint32 `[2]`.
+
+    Integer addition is associative, so the result doesn't depend on how many devices hold the array. An odd factor
+    makes every single-bit change visible; the position in the factor makes exchanged blocks visible.
+    """
+    words = _words(leaf)
+    words ^= words >> 16  # round floats have empty low halves, which a product never reaches
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis, stride in enumerate(_strides(words.shape)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
+    sums = []
+    for first, second in MULTIPLIERS:
+        factor = (position + np.uint32(1)) * np.uint32(first)
+        factor = (factor ^ (factor >> 15)) * np.uint32(second)
+        factor = (factor ^ (factor >> 13)) | np.uint32(1)
+        sums.append(jnp.sum(words * factor, dtype=jnp.uint32))
+    return jnp.stack(sums)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted_digest(replicated: Sharding | None):
+    return jax.jit(leaf_digest, out_shardings=replicated)
+
+
+def digest(flat: Mapping[str, Any]) -> dict[str, str]:
+    """`{path: "float32[2,64] 0123456789abcdef"}` of `{path: array}`; the same on any number of devices."""
+    sums = {}
+    for path, leaf in flat.items():
+        sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        sums[path] = _jitted_digest(NamedSharding(mesh, PartitionSpec()) if mesh is not None else None)(leaf)
+    return {path: f"{_signature(flat[path])} {_hex(value)}" for path, value in sums.items()}
+
+
+def _hex(sums: jax.Array) -> str:
+    return "".join(f"{int(value):08x}" for value in np.asarray(sums))
+
+
+def _signature(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def _as_json(value: Any) -> Any:
+    """What reading the JSON of `value` will give: lists for tuples, strings for keys."""
+    return json.loads(json.dumps(value))
+
+
+def _json_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _seal(leaves: dict[str, str], documents: dict[str, Any]) -> dict[str, Any]:
+    """The digest item: of every leaf, of the JSON documents beside them, and of itself."""
+    item = {"leaves": leaves, "documents": {name: _json_digest(value) for name, value in documents.items()}}
+    return {**item, "self": _json_digest(item)}
+
+
+def _check_seal(item: Any) -> dict[str, Any]:
+    if not isinstance(item, dict) or _json_digest({key: item[key] for key in item if key != "self"}) != item.get(
+        "self"
+    ):
+        raise _Damaged("its digest file was altered")
+    return item
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _paths(state: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Leaves with paths such as "opt_state/0/mu/w", whatever classes the branches are; and the tree's structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    named = [(jax.tree_util.keystr(path, simple=True, separator="/") or "value", leaf) for path, leaf in leaves]
+    if len({name for name, _ in named}) != len(named):
+        raise ValueError("two leaves of the state have the same path")
+    return named, structure
+
+
+def _stored(leaf: Any) -> Any:
+    """The array that stands for a leaf on disk: the data of a PRNG key, scalars as 0-d arrays."""
+    if _is_key(leaf):
+        return jax.random.key_data(leaf)
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def _stored_abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The same of a `ShapeDtypeStruct`, always with a sharding (the first device where none is given)."""
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    elif not hasattr(leaf, "dtype"):
+        leaf = jnp.asarray(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _as_asked(abstract: Any, stored: jax.Array) -> jax.Array:
+    if not _is_key(abstract):
+        return stored
+    return jax.random.wrap_key_data(stored, impl=jax.random.key_impl(jnp.empty((), abstract.dtype)))
+
+
+def _differences(saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    lines = [f"{path} isn't in the checkpoint" for path in wanted if path not in saved]
+    lines += [f"{path} is in the checkpoint only" for path in saved if path not in wanted]
+    return lines + [
+        f"{path} is {saved[path]} there and {wanted[path]} here"
+        for path in wanted
+        if path in saved and saved[path] != wanted[path]
+    ]
+
+
+# --- the checkpointer -------------------------------------------------------------------------------------------------
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one run.
+
+    Args:
+      directory: the run's `checkpoints` folder, local or `gs://`; made when missing.
+      keep: how many of the newest checkpoints stay; the best one stays besides.
+      metric: the name in `metrics` that decides which one is best.
+      greater_is_better: whether a larger value of it is.
+
+    Raises (from every method):
+      StorageError: the storage can't be written, or no sound checkpoint is left.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        metric: str = "eval_loss",
+        greater_is_better: bool = False,
+    ):
+        if keep < 1:
+            raise ConfigError(f"checkpoint: at least one checkpoint must be kept (got {keep})")
+        self._directory = epath.Path(directory)
+        self._metric, self._sign = metric, 1.0 if greater_is_better else -1.0
+        self._primary = jax.process_index() == 0
+        keep_best = policies.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), keep_best]),
+            best_fn=self._rank,  # makes Orbax store the metrics; what is deleted is up to the policy
+            cleanup_tmp_directories=True,
+            todelete_subdir=DELETED,  # a plain deletion, killed half-way, leaves a folder that looks like a checkpoint
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._written),
+        )
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=STATE_ITEMS)
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{directory}: can't keep checkpoints here ({error})") from error
+        self._saving: int | None = None
+        self._remove_deleted()
+
+    def _rank(self, metrics: Any) -> float:
+        """Higher is better; a checkpoint without the metric, or with a NaN, is worse than any."""
+        value = metrics.get(self._metric) if isinstance(metrics, Mapping) else None
+        return self._sign * value if isinstance(value, int | float) and math.isfinite(value) else -math.inf
+
+    # -- saving
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        position: dict[str, Any],
+        meta: dict[str, Any] | None = None,
+        metrics: dict[str, float] | None = None,
+    ) -> bool:
+        """Saves in the background; returns once the arrays may be overwritten.
+
+        Args:
+          step: the number of finished steps.
+          state: any tree of arrays (nested dicts, dataclasses, optax states, PRNG keys, scalars).
+          position: where the data stands; JSON.
+          meta: anything else that must travel with it; JSON.
+          metrics: figures such as `{"eval_loss": 1.2}`, by which the best checkpoint is chosen.
+
+        Returns:
+          False if this step is saved already (and then nothing is written).
+        """
+        if step in self._manager.all_steps():
+            return False
+        named, _ = _paths(state)
+        flat = {path: _stored(leaf) for path, leaf in named}
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        documents = _as_json({"position": position, "meta": meta or {}, "metrics": metrics})
+        self._check_space(flat)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree_lib.unflatten(flat)),
+            position=ocp.args.JsonSave(documents["position"]),
+            meta=ocp.args.JsonSave(documents["meta"]),
+            digest=ocp.args.JsonSave(_seal(digest(flat), documents)),
+        )
+        try:
+            self._manager.wait_until_finished()  # an error of the save before belongs to that one
+            self._remove_deleted()
+            self._saving = step
+            return self._manager.save(step, args=items, metrics=metrics, force=True)
+        except Exception as error:
+            raise self._storage_error(step, error) from error
+
+    def wait(self) -> None:
+        """Blocks until what was saved is committed, and what it replaces is deleted."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._storage_error(self._saving, error) from error
+        self._remove_deleted()
+        self._record()
+
+    def close(self) -> None:
+        """Waits, and frees the background threads."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _storage_error(self, step: int | None, error: Exception) -> Exception:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return error
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        return StorageError(
+            f"{self._directory}: checkpoint {step} could not be written ({reason}); earlier ones are untouched. "
+            "Make room or repair the storage, then run the same command again."
+        )
+
+    def _check_space(self, flat: Mapping[str, Any]) -> None:
+        """Random weights hardly compress, so a save without room for most of the bytes is not even begun."""
+        if "://" in str(self._directory):
+            return
+        needed = sum(leaf.nbytes for leaf in flat.values()) // jax.process_count()
+        free = shutil.disk_usage(self._directory).free
+        if free < 0.8 * needed:
+            raise StorageError(
+                f"{self._directory}: a checkpoint needs about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are "
+                "free; make room, or keep fewer (checkpoint.save_total_limit), then run the same command again."
+            )
+
+    def _written(self) -> None:
+        """Runs in the background when all files are written, before the folder gets its final name."""
+        if self._primary and "://" not in str(self._directory):
+            for folder in self._directory.glob(f"{self._saving}.*"):
+                _sync_small_files(str(folder))
+
+    def _record(self) -> None:
+        if self._primary:
+            if "://" not in str(self._directory):
+                _fsync(str(self._directory))  # the new checkpoint's name
+            for name, step in (("LATEST", self.latest_step()), ("BEST", self.best_step())):
+                if step is not None:
+                    _write_atomically(self._directory / name, f"{step}\n")
+
+    def _remove_deleted(self) -> None:
+        if self._primary and (self._directory / DELETED).exists():
+            (self._directory / DELETED).rmtree()
+
+    # -- looking
+
+    def all_steps(self) -> list[int]:
+        """The steps saved, in order; includes one that is being written."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        return max(self._manager.all_steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step with the best metric, or None when none has one."""
+        ranked = []
+        for step in self.all_steps():
+            try:
+                ranked.append((self._rank(self._manager.metrics(step)), step))
+            except Exception:  # a damaged metrics file only loses its candidacy here; restore() reports it
+                log.warning("checkpoint %d: its metrics can't be read", step)
+        rank, step = max(ranked, default=(-math.inf, None))
+        return step if rank > -math.inf else None
+
+    # -- restoring
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
+        """The newest sound checkpoint (or exactly `step`), laid out as `abstract_state` says.
+
+        Args:
+          abstract_state: the tree of `ShapeDtypeStruct`s with shardings; any mesh, whatever it was saved from.
+          step: take this one or fail.
+
+        Returns:
+          None if nothing was ever saved here.
+
+        Raises:
+          ConfigError: the checkpoint is sound, but of another model, adapter or optimizer.
+          StorageError: every checkpoint is damaged, or `step` is damaged or missing.
+        """
+        self.wait()
+        steps = self.all_steps()
+        if step is not None:
+            if step not in steps:
+                raise StorageError(f"{self._directory}: there is no checkpoint {step}; there are {steps or 'none'}")
+            try:
+                return self._read(step, abstract_state)
+            except _Damaged as error:
+                raise StorageError(f"{self._directory}/{step} is damaged: {error}; choose another step") from error
+        for candidate in reversed(steps):
+            try:
+                return self._read(candidate, abstract_state)
+            except _Damaged as error:
+                self._put_aside(candidate, str(error))
+        aside = self._directory / DAMAGED
+        if steps or aside.exists():
+            raise StorageError(
+                f"{self._directory}: every checkpoint is damaged (kept in {aside}). Restore them from a copy, or "
+                "choose another run_dir to start anew; this run won't start from zero by itself."
+            )
+        return None
+
+    def _read(self, step: int, abstract_state: Any) -> Restored:
+        named, structure = _paths(abstract_state)
+        wanted = {path: _stored_abstract(leaf) for path, leaf in named}
+        try:
+            # The documents come first: they say whether the state fits before any of it is read.
+            documents = self._manager.restore(
+                step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in STATE_ITEMS[1:]})
+            )
+            seal = _check_seal(documents["digest"])
+        except Exception as error:
+            raise self._damage(error) from error
+        _check_documents(seal, {"position": documents["position"], "meta": documents["meta"]})
+        self._check_metrics(step, seal)
+        saved = {path: value.split(" ")[0] for path, value in seal["leaves"].items()}
+        unlike = _differences(saved, {path: _signature(leaf) for path, leaf in wanted.items()})
+        if unlike:
+            more = f"; and {len(unlike) - 5} more" if len(unlike) > 5 else ""
+            raise ConfigError(
+                f"{self._directory}/{step} doesn't fit this run: {'; '.join(unlike[:5])}{more}. "
+                "Use the configuration the run began with, or another run_dir."
+            )
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(tree_lib.unflatten(wanted)))
+            flat = tree_lib.flatten(self._manager.restore(step, args=args)["state"])
+        except Exception as error:
+            raise self._damage(error) from error
+        _check_leaves(seal, flat)
+        leaves = [_as_asked(leaf, flat[path]) for path, leaf in named]
+        return Restored(step, jax.tree.unflatten(structure, leaves), documents["position"], documents["meta"])
+
+    def _check_metrics(self, step: int, seal: dict[str, Any]) -> None:
+        try:
+            metrics = self._manager.metrics(step)
+        except Exception as error:
+            raise self._damage(error) from error
+        _check_documents(seal, {"metrics": metrics})
+
+    def _damage(self, error: Exception) -> Exception:
+        """What reading raised, told apart: no memory and no permission aren't damage."""
+        if isinstance(error, _Damaged | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return error
+        if isinstance(error, PermissionError):
+            return StorageError(f"{self._directory}: {error}")
+        lines = str(error).strip().splitlines() or [""]
+        return _Damaged(f"{type(error).__name__}: {lines[0][:200]}")
+
+    def _put_aside(self, step: int, reason: str) -> None:
+        aside = self._directory / DAMAGED
+        log.warning("checkpoint %d is damaged (%s); put aside in %s, taking the one before", step, reason, aside)
+        if self._primary:
+            try:
+                aside.mkdir(exist_ok=True)
+                name = next(
+                    name for k in range(1000) if not (name := aside / (f"{step}-{k}" if k else str(step))).exists()
+                )
+                (self._directory / str(step)).rename(name)
+            except OSError as error:
+                log.warning("checkpoint %d could not be put aside: %s", step, error)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"sftjax_aside_{step}")
+        self._manager.reload()
+
+
+def restore_params(
+    directory: str | os.PathLike[str], *, step: int | None = None, prefix: str = "trainable", abstract: Any = None
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """One branch of a saved state, without the rest of it (the optimizer's moments, usually); read-only.
+
+    Args:
+      directory: a run's `checkpoints` folder.
+      step: which one; None takes the newest that is sound.
+      prefix: the branch, a path such as "trainable".
+      abstract: nested dicts of `ShapeDtypeStruct`s with shardings for it; None puts all on the first device.
+
+    Returns:
+      (step, the branch as nested dicts of arrays, meta).
+
+    Raises:
+      StorageError: there is no (sound) checkpoint, or it has no such branch.
+    """
+    root = epath.Path(directory)
+    steps = (
+        sorted((int(path.name) for path in root.iterdir() if path.name.isdigit()), reverse=True)
+        if root.exists()
+        else []
+    )
+    if step is not None and step not in steps:
+        raise StorageError(f"{directory}: there is no checkpoint {step}; there are {sorted(steps) or 'none'}")
+    reasons = []
+    for candidate in [step] if step is not None else steps:
+        try:
+            return candidate, *_read_branch(root / str(candidate), prefix, abstract)
+        except _Damaged as error:
+            log.warning("checkpoint %d is damaged: %s", candidate, error)
+            reasons.append(f"{candidate}: {error}")
+    raise StorageError(f"{directory}: no sound checkpoint ({'; '.join(reasons) or 'none was saved'})")
+
+
+def _read_branch(folder: epath.Path, prefix: str, abstract: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        seal = _check_seal(json.loads((folder / "digest" / "metadata").read_text()))
+        meta = json.loads((folder / "meta" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise _Damaged(str(error)) from error
+    _check_documents(seal, {"meta": meta})
+    chosen = {path: value for path, value in seal["leaves"].items() if path.startswith(prefix + "/")}
+    if not chosen:
+        raise StorageError(f"{folder}: holds no {prefix!r}; it has {sorted({p.split('/')[0] for p in seal['leaves']})}")
+    if abstract is None:
+        here = SingleDeviceSharding(jax.devices()[0])
+        wanted = {path: _from_signature(value.split(" ")[0], here) for path, value in chosen.items()}
+    else:
+        wanted = {f"{prefix}/{path}": _stored_abstract(leaf) for path, leaf in tree_lib.flatten(abstract).items()}
+        saved = {path: value.split(" ")[0] for path, value in chosen.items()}
+        unlike = _differences(saved, {path: _signature(leaf) for path, leaf in wanted.items()})
+        if unlike:
+            raise ConfigError(f"{folder} doesn't fit: {'; '.join(unlike[:5])}")
+    item = tree_lib.unflatten(wanted)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+            flat = tree_lib.flatten(reader.restore(folder / "state", args=args))
+    except Exception as error:
+        raise _Damaged(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from error
+    _check_leaves({"leaves": chosen}, flat)
+    return tree_lib.unflatten({path.removeprefix(prefix + "/"): leaf for path, leaf in flat.items()}), meta
+
+
+def _from_signature(signature: str, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    dtype, shape = signature.rstrip("]").split("[")
+    return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), jnp.dtype(dtype), sharding=sharding)
+
+
+def _check_leaves(seal: dict[str, Any], flat: Mapping[str, Any]) -> None:
+    found = digest(flat)
+    wrong = [path for path in seal["leaves"] if found.get(path) != seal["leaves"][path]]
+    if wrong:
+        raise _Damaged(f"the digest of {wrong[0]} differs" + (f", and of {len(wrong) - 1} more" if wrong[1:] else ""))
+
+
+def _check_documents(seal: dict[str, Any], documents: dict[str, Any]) -> None:
+    for name, value in documents.items():
+        if _json_digest(value) != seal["documents"].get(name):
+            raise _Damaged(f"its {name} was altered")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _sync_small_files(directory: str) -> None:
+    """Asks the system to write names and small files to disk: TensorStore syncs the arrays, nobody else does these."""
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            path = os.path.join(parent, name)
+            if os.path.getsize(path) < 2**20:
+                _fsync(path)
+        _fsync(parent)
+
+
+def _fsync(path: str) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # not every file system can; the digest tells if it mattered
+        pass
+    finally:
+        os.close(handle)
+
+
+def _write_atomically(path: epath.Path, text: str) -> None:
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text)
+    aside.replace(path)
