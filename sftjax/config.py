@@ -27,9 +27,8 @@ CHOICES = {
     "data.on_mask_error": ("raise", "drop", "unroll"),
     "train.lr_scheduler_type": ("cosine", "linear", "constant", "wsd"),
     "train.loss_reduction": ("token", "example"),
-    "peft.method": ("none", "lora"),
+    "peft.method": ("none", "lora", "dora", "houlsby", "pfeiffer"),
     "peft.bias": ("none", "all", "lora_only"),
-    "peft.init": ("default", "pissa"),
     "export.dtype": ("float32", "bfloat16", "float16"),
     "export.checkpoint": ("best", "last"),
 }
@@ -89,9 +88,7 @@ def defaults() -> ConfigDict:
     config.train.adam_beta2 = 0.999
     config.train.adam_epsilon = 1e-8
     config.train.weight_decay = 0.0
-    config.train.no_decay = r".*(norm/weight|/bias|/scale|/magnitude|/sinks)"  # regex over parameter paths
     config.train.max_grad_norm = 1.0
-    config.train.trainable = ""  # regex over parameter paths; empty: everything, or what the adapter method trains
     config.train.loss_reduction = "token"
     config.train.neftune_noise_alpha = 0.0
     config.train.max_nonfinite_steps = 5  # in a row, then the run stops
@@ -103,14 +100,15 @@ def defaults() -> ConfigDict:
     config.peft.lora_alpha = 32.0
     config.peft.lora_dropout = 0.0
     config.peft.target_modules = "all-linear"  # names, a regex, or all-linear (all but the head)
-    config.peft.rank_pattern = ConfigDict(convert_dict=False)
-    config.peft.alpha_pattern = ConfigDict(convert_dict=False)
+    config.peft.rank_pattern = ()  # ((name ending or regex, rank), ...)
+    config.peft.alpha_pattern = ()
     config.peft.use_rslora = False
-    config.peft.use_dora = False
-    config.peft.lora_plus_ratio = 1.0  # learning rate of B over that of A
-    config.peft.init = "default"
+    config.peft.loraplus_lr_ratio = 1.0  # learning rate of B over that of A
+    config.peft.init_lora_weights = "default"
     config.peft.bias = "none"
     config.peft.modules_to_save = ()
+    config.peft.also_train = ""  # regex over "<collection>/<path>" of further parameters
+    config.peft.bottleneck_size = 64  # of the houlsby and pfeiffer adapters
     config.peft.adapter_path = ""  # a PEFT folder to go on from
 
     config.eval = ConfigDict()

@@ -85,7 +85,7 @@ def build(
     replicated = NamedSharding(mesh, PartitionSpec())
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     opt_state = jax.eval_shape(optimizer.init, trainable)
-    opt_state = jax.tree.map(_with_sharding, opt_state, partition.optimizer_shardings(opt_state, trainable, mesh))
+    opt_state = jax.tree.map(_with_sharding, opt_state, partition.state_shardings(opt_state, trainable, mesh))
     state = steps.TrainState(counter, trainable, opt_state, counter)
 
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sftjax import tree
+from sftjax import optim, tree
 from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
 
@@ -107,7 +107,7 @@ def train_step(
     # A step without a single trained token changes nothing either: weight decay alone isn't training.
     apply = finite & (sums["weight"] > 0)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable = optim.apply_updates(state.trainable, updates)
 
     def choose(new, old):
         return jnp.where(apply, new, old)

@@ -1,0 +1,57 @@
+"""The command line: `python -m sftjax.main --config=configs/llama7b.py [--config.train.learning_rate=1e-5]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from sftjax import config as config_lib
+from sftjax.errors import ConfigError, exit_with_message
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg): FILE.py[:ARG].")
+_RESUME = flags.DEFINE_string("resume", None, "Continue this run folder, with the configuration saved in it.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Do everything up to the first step, report it, and exit.")
+_ALLOW = flags.DEFINE_list("allow", [], "Differences to accept on resume, by the names that the refusal gives.")
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Absl's parser, with a config field that doesn't exist answered by the nearest that does.
+
+    Raises:
+      ConfigError: a flag, a field, a value's type or the config file itself is wrong.
+    """
+    try:
+        return flags.FLAGS(list(argv))
+    except (AttributeError, KeyError, flags.Error, TypeError, ValueError) as error:
+        raise ConfigError(_explain(argv, error)) from error
+    except (OSError, SyntaxError) as error:
+        raise ConfigError(f"--config: {error}") from error
+
+
+def _explain(argv: Sequence[str], error: Exception) -> str:
+    known = config_lib.defaults()
+    for argument in argv[1:]:
+        if argument.startswith("--config."):
+            path = argument.removeprefix("--config.").split("=")[0]
+            if path not in config_lib.field_names(known):
+                return config_lib.unknown_field(path, known)
+    return str(error).replace("\n", " ")
+
+
+def main(argv: Sequence[str]) -> int:
+    from sftjax import train  # after the flags, so that --help and mistakes answer at once
+
+    if len(argv) > 1:
+        raise ConfigError(f"unexpected argument {argv[1]!r}: fields are set as --config.train.learning_rate=1e-5")
+    if _RESUME.value:
+        return train.resume(_RESUME.value, config=_CONFIG.value, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
+    if _CONFIG.value is None:
+        raise ConfigError("give --config=configs/NAME.py, or --resume=RUN_FOLDER")
+    return train.run(_CONFIG.value, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
+
+
+if __name__ == "__main__":
+    exit_with_message(lambda: app.run(lambda argv: sys.exit(exit_with_message(lambda: main(argv))), flags_parser=parse_flags))
