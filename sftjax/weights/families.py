@@ -318,15 +318,11 @@ def _experts(config: ModelConfig) -> Experts:
 
 def _read_qwen2_moe(fields: Fields) -> ModelConfig:
     sizes = _sizes(fields, max_position=32_768)
-    count = fields.need("num_hidden_layers")
-    window = _switched_window(fields)
-    last = fields.take("max_window_layers", 28)
-    types = [
-        "sliding_attention" if window and i % 2 == 0 and i < last else "full_attention" for i in range(layer_count)
-    ]
-    experts = _qwen_experts(
-        fields, fields.take("num_experts", 60), shared=fields.need("shared_expert_intermediate_size")
-    )
+    window, last = _switched_window(fields), fields.take("max_window_layers", 28)
+    slides = [window and layer % 2 == 0 and layer < last for layer in range(fields.need("num_hidden_layers"))]
+    types = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    shared = fields.need("shared_expert_intermediate_size")
+    experts = _qwen_experts(fields, fields.take("num_experts", 60), shared=shared)
     layers = _specs(_windows(fields, window, types), _rope(fields, sizes), experts)
     return ModelConfig(**sizes, layers=layers, qkv_bias=bool(fields.take("qkv_bias", True)))
 
