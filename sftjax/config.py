@@ -99,7 +99,7 @@ def defaults() -> ConfigDict:
     config.peft.r = 16
     config.peft.lora_alpha = 32.0
     config.peft.lora_dropout = 0.0
-    config.peft.target_modules = "all-linear"  # names, a regex, or all-linear (all but the head)
+    config.peft.target_modules = ("all-linear",)  # names or endings, one regex, or all-linear (all but the head)
     config.peft.rank_pattern = ()  # ((name ending or regex, rank), ...)
     config.peft.alpha_pattern = ()
     config.peft.use_rslora = False

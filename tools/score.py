@@ -1,0 +1,47 @@
+"""Scores every row of a data file with a model: its loss on the tokens that training would train.
+
+Writes one JSON line per training sample, in the order of the file:
+  {"index", "sample", "nll", "num_trained_tokens", "num_tokens"}    nll: weighted sum in nats
+with --tokens also "tokens", "weights", "token_nll" (equal lengths; token_nll[0] is null). A row that can't be used
+gives {"index", "error"}. The mean loss is sum(nll) / sum(weights).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sftjax.errors import exit_with_message
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
+    parser.add_argument("--adapter", help="PEFT adapter folder")
+    parser.add_argument("--data", required=True, help="file of rows, or any source a config takes")
+    parser.add_argument("--out", required=True, help="JSONL to write")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="weights and arithmetic")
+    parser.add_argument("--tokens", action="store_true", help="add the loss of every token")
+    parser.add_argument("--format", default="auto", help="of the rows (default: recognised)")
+    parser.add_argument("--template", help="chat template: built-in name or file (default: the model's own)")
+    parser.add_argument("--train_on", default="all", choices=("all", "last", "weights"))
+    args = parser.parse_args()
+
+    from sftjax import inference
+
+    return inference.score_file(
+        model=args.model,
+        adapter=args.adapter,
+        data=args.data,
+        out=args.out,
+        dtype=args.dtype,
+        per_token=args.tokens,
+        format=args.format,
+        chat_template=args.template,
+        train_on=args.train_on,
+    )
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
