@@ -1,6 +1,6 @@
 """Checkpoints: the state and the data position as one atomic unit, with a digest that finds any flipped bit.
 
-Orbax writes asynchronously, shards across processes and restores onto other meshes, but it doesn't check the array data:
+Orbax writes asynchronously, shards across processes and restores onto other meshes, but it doesn't check array data:
 one flipped bit restores silently. So a *digest* of every leaf is computed on the devices before a save, committed in
 the same folder, and compared after a restore. A damaged newest checkpoint is renamed aside and the one before it is
 used; a run with nothing sound left is an error, never a quiet restart from zero.
@@ -14,7 +14,6 @@ The state is stored as nested dicts by path, so that a part of it (`restore_para
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -26,21 +25,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers as policies
 
 from sftjax import tree as tree_lib
+from sftjax.digest import digest, signature
 from sftjax.errors import ConfigError, StorageError
 
 log = logging.getLogger(__name__)
 
 STATE_ITEMS = ("state", "position", "meta", "digest")
 DELETED, DAMAGED = "deleted", "damaged"
-# Digest multipliers: large odd constants of splitmix/murmur finalisers; any two unrelated odd numbers would do.
-MULTIPLIERS = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))
 
 
 class Restored(NamedTuple):
@@ -56,69 +53,7 @@ class _Damaged(Exception):
     """A checkpoint can't be read, or isn't what was written."""
 
 
-# --- digest -----------------------------------------------------------------------------------------------------------
-
-
-def _words(leaf: jax.Array) -> jax.Array:
-    """The bits of an array as uint32 `[..., words]`; exact for every dtype."""
-    if leaf.dtype == jnp.bool_:
-        leaf = leaf.astype(jnp.uint8)
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
-    bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.finfo(leaf.dtype).bits
-    if bits < 8:  # int4 and such: widening keeps the value, and so the bits
-        leaf, bits = leaf.astype(jnp.int8), 8
-    if bits >= 32:
-        words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-        return words if bits > 32 else words[..., None]
-    return jax.lax.bitcast_convert_type(leaf, {8: jnp.uint8, 16: jnp.uint16}[bits]).astype(jnp.uint32)[..., None]
-
-
-def leaf_digest(leaf: jax.Array) -> jax.Array:
-    """Two 32-bit sums over all words of `word * odd hash of its position`, modulo 2^32: uint32 `[2]`.
-
-    Integer addition is associative, so the result doesn't depend on how many devices hold the array. An odd factor
-    makes every single-bit change visible; the position in the factor makes exchanged blocks visible.
-    """
-    words = _words(leaf)
-    words ^= words >> 16  # round floats have empty low halves, which a product never reaches
-    position = jnp.zeros(words.shape, jnp.uint32)
-    for axis, stride in enumerate(_strides(words.shape)):
-        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
-    sums = []
-    for first, second in MULTIPLIERS:
-        factor = (position + np.uint32(1)) * np.uint32(first)
-        factor = (factor ^ (factor >> 15)) * np.uint32(second)
-        factor = (factor ^ (factor >> 13)) | np.uint32(1)
-        sums.append(jnp.sum(words * factor, dtype=jnp.uint32))
-    return jnp.stack(sums)
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-
-
-@functools.lru_cache(maxsize=16)
-def _jitted_digest(replicated: Sharding | None):
-    return jax.jit(leaf_digest, out_shardings=replicated)
-
-
-def digest(flat: Mapping[str, Any]) -> dict[str, str]:
-    """`{path: "float32[2,64] 0123456789abcdef"}` of `{path: array}`; the same on any number of devices."""
-    sums = {}
-    for path, leaf in flat.items():
-        sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
-        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-        sums[path] = _jitted_digest(NamedSharding(mesh, PartitionSpec()) if mesh is not None else None)(leaf)
-    return {path: f"{_signature(flat[path])} {_hex(value)}" for path, value in sums.items()}
-
-
-def _hex(sums: jax.Array) -> str:
-    return "".join(f"{int(value):08x}" for value in np.asarray(sums))
-
-
-def _signature(leaf: Any) -> str:
-    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+# --- the documents beside the arrays ------------------------------------------------------------------------------------
 
 
 def _as_json(value: Any) -> Any:
@@ -323,8 +258,8 @@ class Checkpointer:
         free = shutil.disk_usage(self._directory).free
         if free < 0.8 * needed:
             raise StorageError(
-                f"{self._directory}: a checkpoint needs about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are "
-                "free; make room, or keep fewer (checkpoint.save_total_limit), then run the same command again."
+                f"{self._directory}: a checkpoint needs about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free; "
+                "make room, or keep fewer (checkpoint.save_total_limit), then run the same command again."
             )
 
     def _written(self) -> None:
@@ -417,7 +352,7 @@ class Checkpointer:
         _check_documents(seal, {"position": documents["position"], "meta": documents["meta"]})
         self._check_metrics(step, seal)
         saved = {path: value.split(" ")[0] for path, value in seal["leaves"].items()}
-        unlike = _differences(saved, {path: _signature(leaf) for path, leaf in wanted.items()})
+        unlike = _differences(saved, {path: signature(leaf) for path, leaf in wanted.items()})
         if unlike:
             more = f"; and {len(unlike) - 5} more" if len(unlike) > 5 else ""
             raise ConfigError(
@@ -519,7 +454,7 @@ def _read_branch(folder: epath.Path, prefix: str, abstract: Any) -> tuple[dict[s
     else:
         wanted = {f"{prefix}/{path}": _stored_abstract(leaf) for path, leaf in tree_lib.flatten(abstract).items()}
         saved = {path: value.split(" ")[0] for path, value in chosen.items()}
-        unlike = _differences(saved, {path: _signature(leaf) for path, leaf in wanted.items()})
+        unlike = _differences(saved, {path: signature(leaf) for path, leaf in wanted.items()})
         if unlike:
             raise ConfigError(f"{folder} doesn't fit: {'; '.join(unlike[:5])}")
     item = tree_lib.unflatten(wanted)
