@@ -51,19 +51,14 @@ class Evaluation:
         return result
 
 
-def evaluate(program: Program, trainable, frozen, batches: Iterable, source_names: Sequence[str] = ()) -> Evaluation:
-    """Runs over the held-out batches.
-
-    Args:
-      batches: (arrays [1, B, L], keys) pairs; `keys[b]` lists the (source, row, sample) of row b's segments, for every
-        row of the global batch.
-    """
+def evaluate(program: Program, trainable, frozen, pipeline: Iterable, source_names: Sequence[str] = ()) -> Evaluation:
+    """Runs over the held-out batches (`data.pipeline.Item`s with one micro-batch)."""
     totals: dict[tuple[int, int, int], np.ndarray] = {}
-    for arrays, keys in batches:
-        micro = program.put({name: value[0] for name, value in arrays.items()})
-        sums = program.eval_step(trainable, frozen, micro)
+    for batch, _, info in pipeline:
+        examples = info.examples[0]
+        sums = program.eval_step(trainable, frozen, program.put(batch, info.rows, len(examples)))
         sums = {name: np.asarray(_to_host(value), np.float64) for name, value in sums.items()}
-        for row, segments in enumerate(keys):
+        for row, segments in enumerate(examples):
             for segment, key in enumerate(segments):
                 new = np.array([sums[name][row, segment] for name in ("nll", "weight", "trained", "correct")])
                 # An example that was split over rows is still one example.

@@ -54,4 +54,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_with_message(lambda: app.run(lambda argv: sys.exit(exit_with_message(lambda: main(argv))), flags_parser=parse_flags))
+    exit_with_message(
+        lambda: app.run(lambda argv: sys.exit(exit_with_message(lambda: main(argv))), flags_parser=parse_flags)
+    )

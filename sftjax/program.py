@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -16,6 +18,8 @@ from sftjax import tree
 from sftjax.models.config import ModelConfig
 from sftjax.models.decoder import Runtime
 from sftjax.parallel import partition
+
+BATCH_ARRAYS = ("tokens", "targets", "weights", "segment_ids", "positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Program:
     abstract_state: steps.TrainState  # shapes, dtypes and shardings
     abstract_frozen: dict[str, Any]
     train_step: Any  # (state, frozen, batch [A, B, L]) -> (state, metrics); the state is donated
-    eval_step: Any  # (trainable, frozen, batch [B, L]) -> sums by segment
+    eval_step: Any  # (trainable, frozen, batch [1, B, L]) -> sums by segment
 
     def init_state(self, variables: dict[str, Any]) -> tuple[steps.TrainState, dict[str, Any]]:
         """Splits loaded variables into (fresh state, frozen leaves)."""
@@ -43,11 +47,29 @@ class Program:
 
         return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trainable), frozen
 
-    def put(self, batch: dict[str, Any], rows: Any = None) -> steps.Batch:
-        """Host arrays `[..., B, L]` (this process's rows) to global device arrays."""
-        ndim = next(iter(batch.values())).ndim
-        sharding = partition.batch_sharding(self.mesh, ndim)
-        return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    def put(self, batch: dict[str, np.ndarray], rows: Sequence[int], total_rows: int) -> steps.Batch:
+        """Host arrays `[A, len(rows), L]` to global device arrays `[A, total_rows, L]`.
+
+        Args:
+          rows: which rows of the global batch the host arrays hold: at least those of `local_rows`.
+        """
+        sharding = partition.batch_sharding(self.mesh)
+        place = {row: number for number, row in enumerate(rows)}
+
+        def to_device(array: np.ndarray) -> jax.Array:
+            def shard(index):
+                chosen = [place[row] for row in range(total_rows)[index[1]]]
+                return array[index[0], chosen, index[2]] if len(chosen) < len(rows) else array[index[0], :, index[2]]
+
+            return jax.make_array_from_callback((array.shape[0], total_rows, array.shape[2]), sharding, shard)
+
+        return {name: to_device(array) for name, array in batch.items() if name in BATCH_ARRAYS}
+
+    def local_rows(self, total_rows: int) -> tuple[int, ...]:
+        """The rows of a global batch that this process's devices hold: decided by the mesh, not by process number."""
+        sharding = partition.batch_sharding(self.mesh)
+        indices = sharding.addressable_devices_indices_map((1, total_rows, 128)).values()
+        return tuple(sorted({row for index in indices for row in range(total_rows)[index[1]]}))
 
     def count(self) -> dict[str, int]:
         """Numbers of parameters: "trainable", "adapter" and "base" (what the model has without the adapter)."""
@@ -57,7 +79,11 @@ class Program:
 
         everything = tree.merge(self.abstract_state.trainable, self.abstract_frozen)
         adapter = size(everything.get("adapter", {}))
-        return {"trainable": size(self.abstract_state.trainable), "adapter": adapter, "base": size(everything["params"])}
+        return {
+            "trainable": size(self.abstract_state.trainable),
+            "adapter": adapter,
+            "base": size(everything["params"]),
+        }
 
 
 def build(
@@ -96,9 +122,7 @@ def build(
         out_shardings=(state_shardings, replicated),
     )
     eval_step = jax.jit(
-        functools.partial(
-            steps.eval_step, config=config, runtime=_deterministic(runtime), max_segments=max_segments
-        ),
+        functools.partial(steps.eval_step, config=config, runtime=_deterministic(runtime), max_segments=max_segments),
         out_shardings=replicated,
     )
     return Program(config, runtime, mesh, trainable_regex, optimizer, state, frozen, train_step, eval_step)

@@ -124,12 +124,13 @@ def train_step(
 def eval_step(
     trainable, frozen, batch: Batch, *, config: ModelConfig, runtime: decoder.Runtime, max_segments: int
 ) -> dict[str, jax.Array]:
-    """Sums per segment of a `[B, L]` batch, so that the host can total them by example or by source.
+    """Sums per segment of a `[1, B, L]` batch, so that the host can total them by example or by source.
 
     Returns:
       "nll", "weight", "trained", "correct": `[B, max_segments]`, column s for segment id s + 1.
     """
     variables = tree.merge(trainable, frozen)
+    batch = jax.tree.map(lambda x: x[0], batch)
     hidden, _ = decoder.hidden_states(
         config, runtime, variables, batch["tokens"], batch["positions"], batch["segment_ids"]
     )
