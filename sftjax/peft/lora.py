@@ -1,0 +1,264 @@
+"""LoRA and its relatives as arrays beside the frozen weights.
+
+Shapes: `R` rank, `...` any batch axes. One module's leaves, inside the scan over layers:
+
+    lora_A [R, in]   lora_B [out, R]   scale []      y = W x + scale * B (A x)
+    magnitude [out]                                  DoRA: y = magnitude / |W + scale * B A|  *  (the above)
+    initial_lora_A, initial_lora_B                   PiSSA: A and B as they were at step 0, never trained
+
+In the tree each has a leading `[repeat]` axis, on experts `[repeat, expert]` (but `scale`). Layers of smaller rank are
+padded with zeros up to the largest: the gradient of padding is exactly zero, so it stays zero.
+
+PiSSA trains the principal part of W and freezes the rest, W - s·B₀A₀. Here W stays as it is and B₀A₀ is subtracted in
+the forward pass: the same function and gradients, with a base that other runs, quantisation and export can share.
+
+Sources: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353, PiSSA arXiv:2404.02948; PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sftjax import tree
+from sftjax.errors import ConfigError
+from sftjax.kernels import nf4
+from sftjax.kernels.linear import linear
+from sftjax.peft import adapters
+from sftjax.peft.spec import AdapterSpec, Target, find_targets, saved_modules
+
+Array = jax.Array
+TRAINED = ("lora_A", "lora_B", "magnitude")
+
+
+def apply(
+    x: Array,
+    y_base: Array,
+    adapter: Mapping[str, Array],
+    *,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    base_weight: Callable[[], Array] | None = None,
+    matmul: Callable[[Array, Array], Array] = linear,
+) -> Array:
+    """Adds one module's adapter to its output.
+
+    Args:
+      x: `[..., in]`, what the module got.
+      y_base: `[..., out]`, `W x` without the module's bias (DoRA must not scale the bias): add that afterwards.
+      adapter: the module's leaves, without the repeat axis. Modules without "lora_A" return `y_base`.
+      dropout_rate, dropout_rng: dropout of the adapter's input, off without a key. PEFT's DoRA drops the base's input
+        too, which costs a second product with W; here the base path is left whole. The expectation is the same.
+      base_weight: gives W `[out, in]`, asked for by DoRA only.
+      matmul: `(x, weight) -> x weightᵀ`; experts pass their grouped product.
+
+    Returns:
+      `[..., out]` in `y_base`'s dtype.
+    """
+    if "lora_A" not in adapter:
+        return y_base
+    if dropout_rng is not None and dropout_rate > 0:
+        keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, x.shape)
+        x = jnp.where(keep, x / (1 - dropout_rate), 0).astype(x.dtype)
+    low_A, low_B = _signed_factors(adapter)
+    low = matmul(x, low_A.astype(x.dtype)) * adapter["scale"].astype(x.dtype)
+    delta = matmul(low, low_B.astype(x.dtype)).astype(y_base.dtype)
+    if "magnitude" not in adapter:
+        return y_base + delta
+    factor = _dora_factor(adapter, base_weight())
+    return (factor * (y_base + delta).astype(jnp.float32)).astype(y_base.dtype)
+
+
+def delta_weight(adapter: Mapping[str, Array]) -> Array:
+    """`scale * B A`, float32, `[..., out, in]` for leaves with any leading axes."""
+    low_A, low_B = _signed_factors(adapter)
+    low_A, low_B = low_A.astype(jnp.float32), low_B.astype(jnp.float32)
+    product = jnp.matmul(low_B, low_A, precision="highest")
+    scale = adapter["scale"]
+    return product * scale.reshape(scale.shape + (1,) * (product.ndim - scale.ndim))
+
+
+def weight_norm(weight: Array, adapter: Mapping[str, Array]) -> Array:
+    """`|W + scale * B A|` over inputs, float32 `[out]`, without building the sum.
+
+    |W + sBA|² = |W|² + 2 s (W Aᵀ · B) + s² (B (A Aᵀ) · B), each a row sum: the largest array is `[out, R]`.
+    """
+    low_A, low_B = (part.astype(jnp.float32) for part in _signed_factors(adapter))
+    scale = adapter["scale"]
+    squares = jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=-1)
+    exact = jax.lax.Precision.HIGHEST
+    cross = jnp.einsum("oi,ri->or", weight, low_A, precision=exact, preferred_element_type=jnp.float32)
+    gram = jnp.einsum("ri,si->rs", low_A, low_A, precision=exact)
+    gram = jnp.einsum("or,rs->os", low_B, gram, precision=exact)
+    total = squares + 2 * scale * jnp.sum(cross * low_B, axis=-1) + scale**2 * jnp.sum(gram * low_B, axis=-1)
+    return jnp.sqrt(jnp.maximum(total, jnp.finfo(jnp.float32).tiny))
+
+
+def init(rng: Array, params: tree.Tree, spec: AdapterSpec, *, quant: tree.Tree | None = None) -> dict:
+    """The adapter tree, float32.
+
+    Pure, so `jax.jit(..., out_shardings=...)` and `jax.eval_shape` work; plain LoRA reads shapes only.
+
+    Args:
+      rng: a key; each leaf's numbers depend on it and on the leaf's path alone.
+      params: the model's parameters (or ShapeDtypeStructs).
+      spec: what to add. Method "full" adds nothing.
+      quant: the quantised leaves, if the base is quantised.
+
+    Raises:
+      ConfigError: a pattern matches nothing, or a method that a module can't have.
+    """
+    flat: dict[str, Array] = {}
+    if spec.bottleneck:
+        flat.update(adapters.init(rng, params, spec))
+    elif spec.method == "lora":
+        for path, target in find_targets(params, spec, quant).items():
+            key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
+            weight = None
+            if spec.use_dora or spec.pissa:
+                weight = base_weight(path, params, quant)
+            for name, leaf in _init_module(key, path, target, spec, weight).items():
+                flat[f"{path}/{name}"] = leaf
+    flat_params = tree.flatten(params)
+    for path in saved_modules(params, spec) if spec.method != "full" else ():
+        for name in ("weight", "bias"):
+            if f"{path}/{name}" in flat_params:
+                flat[f"{path}/{name}"] = jnp.asarray(flat_params[f"{path}/{name}"], jnp.float32)
+    return tree.unflatten(flat)
+
+
+def base_weight(path: str, params: tree.Tree, quant: tree.Tree | None = None) -> Array:
+    """A module's stacked weight `[..., out, in]`; float32 if it had to be dequantised."""
+    flat = tree.flatten(params)
+    if f"{path}/weight" in flat:
+        return flat[f"{path}/weight"]
+    node = quant
+    for key in path.split("/"):
+        node = node[key]
+    return jax.lax.map(lambda leaves: nf4.dequantise(leaves), node)
+
+
+def trainable_regex(spec: AdapterSpec, adapter: tree.Tree | None = None) -> str:
+    """A regex over "<collection>/<path>" of everything that is trained.
+
+    Args:
+      adapter: the adapter tree (or its shapes); needed for `bias="lora_only"` and `modules_to_save` alone.
+    """
+    if spec.method == "full":
+        return r"params/.*"
+    paths = tree.flatten(adapter or {})
+    parts = [rf"adapter/.*/({'|'.join(TRAINED)})"]
+    if spec.bottleneck:
+        parts = [r"adapter/.*/adapter_(attn|mlp)/(down|up)/(weight|bias)"]
+    if spec.modules_to_save:
+        parts += [rf"adapter/(.*/)?{re.escape(module)}/(weight|bias)" for module in spec.modules_to_save]
+    if spec.bias == "all":
+        parts.append(r"params/(.*/)?bias")
+    if spec.bias == "lora_only":
+        modules = [re.escape(path.removesuffix("/lora_A")) for path in paths if path.endswith("/lora_A")]
+        if not modules:
+            raise ValueError("bias='lora_only' needs the adapter tree to know its modules")
+        parts.append(rf"params/({'|'.join(m for m in modules if 'initial' not in m)})/bias")
+    if spec.also_train:
+        parts.append(spec.also_train)
+    return "|".join(f"(?:{part})" for part in parts)
+
+
+def count_parameters(params: tree.Tree, spec: AdapterSpec, *, quant: tree.Tree | None = None) -> int:
+    """Trained numbers that the adapter adds, zero padding of smaller ranks not counted."""
+    adapter = jax.eval_shape(lambda p, q: init(jax.random.key(0), p, spec, quant=q), params, quant)
+    regex = trainable_regex(spec, adapter)
+    flat = tree.flatten({"adapter": adapter})
+    total = sum(int(np.prod(leaf.shape)) for path, leaf in flat.items() if re.fullmatch(regex, path))
+    if spec.method == "lora":
+        low = sum(int(np.prod(leaf.shape)) for path, leaf in flat.items() if re.fullmatch(r".*/lora_[AB]", path))
+        total += sum(target.parameters for target in find_targets(params, spec, quant).values()) - low
+    return total
+
+
+def _signed_factors(adapter: Mapping[str, Array]) -> tuple[Array, Array]:
+    """A and B of the whole change; PiSSA's has the step-0 product subtracted, as rank 2R: [A; A₀], [B, -B₀]."""
+    low_A, low_B = adapter["lora_A"], adapter["lora_B"]
+    if "initial_lora_A" not in adapter:
+        return low_A, low_B
+    low_A = jnp.concatenate([low_A, adapter["initial_lora_A"]], axis=-2)
+    low_B = jnp.concatenate([low_B, -adapter["initial_lora_B"]], axis=-1)
+    return low_A, low_B
+
+
+def _dora_factor(adapter: Mapping[str, Array], weight: Array) -> Array:
+    """magnitude / |W + s B A| `[out]`, the norm a constant to the gradient (section 4.3 of the paper)."""
+    fixed = {name: jax.lax.stop_gradient(leaf) for name, leaf in adapter.items()}
+    norm = weight_norm(jax.lax.stop_gradient(weight), fixed)
+    # a layer that isn't targeted has scale 0 and must not train its magnitude either
+    return jnp.where(adapter["scale"] == 0, 1.0, adapter["magnitude"] / norm)
+
+
+def _init_module(key: Array, path: str, target: Target, spec: AdapterSpec, weight) -> dict[str, Array]:
+    *leading, outputs, inputs = target.shape
+    if spec.use_dora and len(leading) > 1:
+        raise ConfigError(f"DoRA on experts ({path}) isn't supported; exclude them in adapter.exclude_modules")
+    rank = max(target.ranks)
+    used = np.arange(rank) < np.asarray(target.ranks)[:, None]  # [repeat, R]
+    used_A = jnp.asarray(used.reshape(len(used), *(1,) * (len(leading) - 1), rank, 1))
+    scale = jnp.asarray(target.scales, jnp.float32)
+    leaves: dict[str, Array] = {"scale": scale}
+    if spec.pissa:
+        low_A, low_B = _principal(weight, target, spec)
+        leaves |= {"lora_A": low_A, "lora_B": low_B, "initial_lora_A": low_A, "initial_lora_B": low_B}
+    else:
+        shape = (*leading, rank, inputs)
+        if spec.init == "gaussian":
+            ranks = jnp.maximum(jnp.sum(used_A, axis=-2, keepdims=True), 1)
+            low_A = jax.random.normal(key, shape) / ranks
+        else:  # torch's kaiming_uniform_(a=sqrt(5)): uniform within 1 / sqrt(in)
+            low_A = jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) / np.sqrt(inputs)
+        leaves["lora_A"] = jnp.where(used_A, low_A, 0.0).astype(jnp.float32)
+        leaves["lora_B"] = jnp.zeros((*leading, outputs, rank), jnp.float32)
+    if spec.use_dora:
+        leaves["magnitude"] = jax.lax.map(
+            lambda w: jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float32)), axis=-1)), jnp.asarray(weight)
+        )
+    return leaves
+
+
+def _principal(weight: Array, target: Target, spec: AdapterSpec) -> tuple[Array, Array]:
+    """PiSSA: A = sqrt(S / s) Vᵀ, B = U sqrt(S / s) of the largest singular values, layer by layer."""
+    rank = max(target.ranks)
+    experts = target.shape[1:-2]
+
+    def one_layer(inputs):
+        matrix, used, scale = inputs  # [(E,) out, in], [R], []
+        left, values, right = _svd(matrix.astype(jnp.float32), rank, spec.init)
+        root = jnp.sqrt(values / jnp.where(scale == 0, 1.0, scale)) * used
+        return root[..., :, None] * right, left * root[..., None, :]
+
+    if rank > min(target.shape[-2:]):
+        raise ConfigError(f"PiSSA rank {rank} is larger than the smaller side of {target.names[0]} {target.shape[-2:]}")
+    used = np.arange(rank) < np.asarray(target.ranks)[:, None]
+    scale = np.asarray(target.scales, np.float32)
+    low_A, low_B = jax.lax.map(one_layer, (jnp.asarray(weight), jnp.asarray(used, jnp.float32), jnp.asarray(scale)))
+    assert low_A.shape[1:-2] == experts
+    return low_A, low_B
+
+
+def _svd(matrix: Array, rank: int, kind: str) -> tuple[Array, Array, Array]:
+    """The `rank` largest singular triplets, `[..., out, R]`, `[..., R]`, `[..., R, in]`."""
+    if kind == "pissa":
+        left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
+        return left[..., :rank], values[..., :rank], right[..., :rank, :]
+    # randomised subspace iteration (Halko, Martinsson, Tropp 2009, algorithm 4.4)
+    multiply = lambda a, b: jnp.matmul(a, b, precision="highest")  # noqa: E731
+    transposed = jnp.swapaxes(matrix, -1, -2)
+    probe = jax.random.normal(jax.random.key(0), (matrix.shape[-1], min(2 * rank, *matrix.shape[-2:])))
+    basis = jnp.linalg.qr(multiply(matrix, probe))[0]
+    for _ in range(int(kind.rpartition("_")[2])):
+        basis = jnp.linalg.qr(multiply(transposed, basis))[0]
+        basis = jnp.linalg.qr(multiply(matrix, basis))[0]
+    left, values, right = jnp.linalg.svd(multiply(jnp.swapaxes(basis, -1, -2), matrix), full_matrices=False)
+    return multiply(basis, left)[..., :rank], values[..., :rank], right[..., :rank, :]
