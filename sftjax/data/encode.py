@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from sftjax.data import formats, masks
+from sftjax.data.formats import Conversation, Text, Tokens
 from sftjax.data.tokenizer import Tokenizer
 from sftjax.data.types import RowError, Sample
+from sftjax.errors import ConfigError
+
+VERSION = 1  # raised when the same row would give other samples, so that nothing stale is used
+_SHORT_HEAD = 200  # characters; shorter stretches of prompts repeat from row to row, and are kept
+_MAX_KEPT_HEADS = 4096
 
 
 class RowEncoder:
-    """Encodes rows; picklable; the same row always gives the same samples."""
+    """Encodes rows. Picklable; the same row always gives the same samples.
+
+    Args:
+      tokenizer: with its template.
+      format: a key of `formats.PARSERS`, or "auto" (by the row's keys).
+      fields: names of the format's keys -> names in the rows.
+      train_on: "all" assistant turns, the "last" only, or "weights" (rows must say it by `train` or `weight` fields).
+        Those fields are honoured in every mode.
+      system: system text for conversations that have none.
+      fold_system: write the system text in front of the first user message, for templates that refuse a system role.
+      on_mask_error: for conversations whose history the template rewrites: "unroll", "drop" or "raise"
+        (`masks.render`).
+      control_text: what becomes of text that spells a control token: "plain" (encoded as text, and flagged) or
+        "error" (RowError).
+      template_kwargs: further variables for the template, such as {"enable_thinking": False}.
+    """
 
     def __init__(
         self,
@@ -19,18 +45,188 @@ class RowEncoder:
         fields: Mapping[str, str] | None = None,
         train_on: str = "all",
         system: str | None = None,
-        on_mask_error: str = "drop",
+        fold_system: bool = False,
+        on_mask_error: str = "unroll",
+        control_text: str = "plain",
+        template_kwargs: Mapping[str, object] | None = None,
     ):
+        for name, value, choices in (
+            ("train_on", train_on, ("all", "last", "weights")),
+            ("on_mask_error", on_mask_error, ("unroll", "drop", "raise")),
+            ("control_text", control_text, ("plain", "error")),
+            ("format", format, ("auto", *formats.PARSERS)),
+        ):
+            if value not in choices:
+                raise ConfigError(f"data.{name}={value!r} is not one of {', '.join(choices)}")
         self.tokenizer = tokenizer
+        self.format, self.fields = format, dict(fields or {})
+        self.train_on, self.system, self.fold_system = train_on, system, fold_system
+        self.on_mask_error, self.control_text = on_mask_error, control_text
+        self.template_kwargs = dict(template_kwargs or {})
+        self._heads: dict[tuple[str, str], tuple[int, ...]] = {}
 
-    def __call__(self, row: dict, index: int = 0, source: int = 0) -> list[Sample]:
-        """Samples of one row; raises RowError when it gives none."""
-        raise NotImplementedError
+    def __getstate__(self):
+        return {**self.__dict__, "_heads": {}}
 
-    def encode_batch(self, rows: Sequence[dict], indices: Sequence[int], source: int = 0) -> list[list[Sample] | RowError]:
-        """The same for many rows at once (faster: one call into the tokenizer); errors are returned in their place."""
-        raise NotImplementedError
+    def __call__(self, row: Mapping, index: int = 0, source: int = 0) -> list[Sample]:
+        """Samples of one row. Raises RowError when it gives none."""
+        (result,) = self.encode_batch([row], [index], source)
+        if isinstance(result, RowError):
+            raise result
+        return result
+
+    def encode_batch(
+        self, rows: Sequence[Mapping], indices: Sequence[int] | None = None, source: int = 0
+    ) -> list[list[Sample] | RowError]:
+        """The same for many rows at once, which uses all cores; a row's error is returned in its place."""
+        indices = range(len(rows)) if indices is None else indices
+        pending = [self._prepare(row) for row in rows]
+        texts = [part for parts in pending if not isinstance(parts, RowError) for part in parts]
+        texts = [part for part in texts if isinstance(part, masks.Rendered)]
+        encodings = iter(self.tokenizer.encode_mixed([t.text for t in texts], [t.hidden for t in texts]))
+        drafts = []
+        for parts in pending:
+            if isinstance(parts, RowError):
+                drafts.append(parts)
+                continue
+            pairs = [(part, next(encodings) if isinstance(part, masks.Rendered) else None) for part in parts]
+            try:
+                drafts.append([self._draft(part, encoded) for part, encoded in pairs])
+            except RowError as error:
+                drafts.append(error)
+        self._compare_prompts([draft for row in drafts if not isinstance(row, RowError) for draft in row])
+        results = []
+        for drafts_of_row, index in zip(drafts, indices, strict=True):
+            if isinstance(drafts_of_row, RowError):
+                results.append(drafts_of_row)
+            else:
+                results.append([draft.sample(source, index, i) for i, draft in enumerate(drafts_of_row)])
+        return results
 
     def fingerprint(self) -> str:
-        """Hex digest of tokenizer, template, format and policy."""
-        raise NotImplementedError
+        """Hex digest of everything that decides a row's samples: tokenizer, template, format and policy."""
+        policy = {key: value for key, value in self.__dict__.items() if key not in ("tokenizer", "_heads")}
+        text = json.dumps([VERSION, self.tokenizer.fingerprint(), policy], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    # --- rows to texts -------------------------------------------------------------------------------------------
+
+    def _prepare(self, row) -> list | RowError:
+        try:
+            examples = list(formats.parse(row, self.format, self.fields))
+            parts = [part for example in examples for part in self._render(example)]
+        except RowError as error:
+            return error
+        return parts or RowError("nothing_trained", "no sample came of it")
+
+    def _render(self, example) -> list:
+        if isinstance(example, Tokens):
+            return [example]
+        if isinstance(example, Text):
+            return [self._render_text(example)]
+        messages, weights = self._turns(example)
+        kwargs = {**self.template_kwargs, **example.kwargs}
+        parts = masks.render(
+            self.tokenizer, messages, weights, tools=example.tools, kwargs=kwargs, on_mask_error=self.on_mask_error
+        )
+        if self.control_text == "error" and any("control_text" in part.flags for part in parts):
+            raise RowError("control_text", "the text spells a control token")
+        return parts
+
+    def _turns(self, example: Conversation) -> tuple[list[dict], list[float]]:
+        """Messages and weights after this encoder's policy."""
+        messages, weights = list(example.messages), list(example.weights)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
+            raise RowError("no_assistant_turn", "the conversation has no assistant message, so nothing to train on")
+        if self.train_on == "weights" and not example.weighted:
+            raise RowError("no_weights", "train_on is 'weights', and no message has a `train` or `weight` field")
+        if self.train_on == "last":
+            weights = [weight if i == answers[-1] else 0.0 for i, weight in enumerate(weights)]
+        if not any(weights):
+            raise RowError("nothing_trained", "all assistant messages have weight 0")
+        for i in answers:
+            message = messages[i]
+            empty = not message.get("content", "").strip() and not message.get("reasoning_content", "").strip()
+            if weights[i] and empty and "tool_calls" not in message:
+                raise RowError("empty_answer", f"message {i} is an empty assistant turn")
+        if self.system and messages[0]["role"] not in ("system", "developer"):
+            messages, weights = [{"role": "system", "content": self.system}, *messages], [0.0, *weights]
+        if self.fold_system and messages[0]["role"] == "system" and len(messages) > 1 and messages[1]["role"] == "user":
+            content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+            messages, weights = [{**messages[1], "content": content}, *messages[2:]], weights[1:]
+        return messages, weights
+
+    def _render_text(self, example: Text) -> masks.Rendered:
+        tokenizer = self.tokenizer
+        if tokenizer.eos_id is None:
+            raise ConfigError("the tokenizer has no EOS token, and texts and completions end with it: set eos_token")
+        text = example.prompt + example.completion
+        hidden = tokenizer.hide_control_tokens(example.prompt) + tokenizer.hide_control_tokens(example.completion)
+        flags = ("control_text",) if hidden != text else ()
+        if flags and self.control_text == "error":
+            raise RowError("control_text", "the text spells a control token")
+        return masks.Rendered(text, hidden, (), flags, prompt_length=len(example.prompt))
+
+    # --- texts to samples ----------------------------------------------------------------------------------------
+
+    def _draft(self, part, encoded) -> _Draft:
+        tokenizer = self.tokenizer
+        if isinstance(part, Tokens):
+            if int(part.ids.max()) >= tokenizer.vocab_size:
+                raise RowError("bad_ids", f"id {part.ids.max()} is not in the vocabulary of {tokenizer.vocab_size}")
+            return _Draft(part.ids, part.weights.copy(), (), ())
+        if part.prompt_length is not None:
+            return self._draft_text(part, encoded)
+        masked = masks.mask(tokenizer, part, encoded)
+        return _Draft(encoded.ids, masked.weights, masked.flags, masked.heads)
+
+    def _draft_text(self, part: masks.Rendered, encoded) -> _Draft:
+        """A text with EOS behind it, and in front only what the tokenizer adds by itself."""
+        tokenizer, flags, prompt_length = self.tokenizer, list(part.flags), part.prompt_length
+        before, behind = list(tokenizer.prefix_ids), list(tokenizer.suffix_ids)
+        if not behind or behind[-1] != tokenizer.eos_id:
+            behind.append(tokenizer.eos_id)
+        first, heads = 0, ()
+        if prompt_length:
+            first = masks.first_token(encoded, prompt_length)
+            if encoded.starts[first] < prompt_length:
+                flags.append("straddle")
+            heads = ((0, first, part.text[:prompt_length], part.hidden[:prompt_length]),)
+        ids = np.concatenate([np.array(before, np.int32), encoded.ids, np.array(behind, np.int32)])
+        weights = np.ones(len(ids), np.float32)
+        weights[: len(before) + first] = 0
+        heads = tuple((a + len(before), b + len(before), text, hidden) for a, b, text, hidden in heads)
+        return _Draft(ids, weights, tuple(flags), heads)
+
+    def _compare_prompts(self, drafts: Sequence[_Draft]) -> None:
+        """Flags the samples whose prompt generation would tokenise otherwise."""
+        wanted = dict.fromkeys(
+            (text, hidden)
+            for draft in drafts
+            for _, _, text, hidden in draft.heads
+            if (text, hidden) not in self._heads
+        )
+        wanted = list(wanted)
+        encodings = self.tokenizer.encode_mixed([text for text, _ in wanted], [hidden for _, hidden in wanted])
+        found = {key: encoded.ids for key, encoded in zip(wanted, encodings, strict=True)}
+        for draft in drafts:
+            for begin, first, text, hidden in draft.heads:
+                alone = found[text, hidden] if (text, hidden) in found else self._heads[text, hidden]
+                if not np.array_equal(alone, draft.tokens[begin:first]):
+                    draft.flags = (*draft.flags, "prompt_differs")
+                    break
+        for key, ids in found.items():
+            if len(key[0]) <= _SHORT_HEAD and len(self._heads) < _MAX_KEPT_HEADS:
+                self._heads[key] = ids
+
+
+class _Draft:
+    """A sample before its prompts have been compared."""
+
+    def __init__(self, tokens: np.ndarray, weights: np.ndarray, flags: tuple[str, ...], heads: tuple):
+        self.tokens, self.weights, self.flags, self.heads = tokens, weights, flags, heads
+
+    def sample(self, source: int, index: int, number: int) -> Sample:
+        self.weights[0] = 0  # nothing stands before it
+        return Sample(self.tokens, self.weights, source, index, number, self.flags)

@@ -1,38 +1,277 @@
-"""The tokenizer of a model folder, with what training needs beside it: stop tokens, pad, template."""
+"""The tokenizer of a model folder, with what training needs beside it: stop tokens, template, plain encoding.
+
+Text from a data set may spell a control token (`<|im_end|>` in an article on chat models). As text it must stay text:
+otherwise a row can close its own turn, or open another's. So there are two encoders: the tokenizer itself, for what
+the template writes, and a copy that has no control tokens, for what the data says. `Tokenizer.encode_mixed` joins them:
+control tokens of the template cut the text into stretches that are encoded independently, as the tokenizer does by
+itself, and a stretch in which the data spells a control token goes through the copy.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+
+from sftjax.data import spm, templates
+from sftjax.data.rendering import Renderer, TemplateError
+from sftjax.data.templates import Template
+from sftjax.errors import ConfigError, StorageError
+
+_HTML = (
+    "a b i u s p br hr em li ol ul td th tr h1 h2 h3 h4 h5 h6 sub sup code caption table thead tbody tfoot blockquote"
+    " strong div span pre img"
+)
+_HTML_TAG = re.compile(rf"</?(?:{'|'.join(_HTML.split())})>")  # Gemma lists these and blanks as added tokens: text
+_ANSWER_TAG = re.compile(r"</?[a-z_]+>")  # <think>, <tool_call>: added, not special; what a model writes in answers
+_PLAIN_BASE = 0xF0000  # private-use plane: one character for each control token spelled in data
+_UNREACHABLE = "\U0010fffc"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids of a text, and where each came from.
+
+    ids, starts, ends: int32 [n]; token i covers characters [starts[i], ends[i]).
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
 
 
 class Tokenizer:
-    """A fast tokenizer with its chat template. Picklable (worker processes get a copy)."""
+    """A fast tokenizer with its chat template. Picklable (worker processes get a copy).
 
-    eos_id: int | None
-    bos_id: int | None
-    pad_id: int  # never needed to be distinct from eos: padding is found by position, not by id
-    vocab_size: int  # len(tokenizer), added tokens included
-    stop_ids: tuple[int, ...]
-    added_tokens: tuple[str, ...]  # tokens that are new to the model: its embedding grows by these
+    Attributes:
+      hf: the transformers tokenizer.
+      backend: the same without additions in front or behind (no BOS or EOS by itself).
+      template: the chat template, or None.
+      renderer, tools_renderer: it, compiled; the second for conversations with tools.
+      end_of_turn_id: id of the token behind an answer; None without template, or where it writes none.
+      stop_ids: what generation stops on: end of turn first, then generation_config.json's, then EOS.
+      eos_id, bos_id: None where the tokenizer has none.
+      pad_id: some valid id; it need not be distinct from EOS, since padding is found by position.
+      prefix_ids, suffix_ids: what the tokenizer adds around plain text by itself (a BOS, mostly).
+      added_tokens: names of tokens that are new to the model: its embedding must reach their ids.
+      vocab_size: number of ids, added ones included.
+    """
+
+    def __init__(
+        self, hf, template: Template | None, *, added_tokens: Sequence[str] = (), stop_ids: Sequence[int] = ()
+    ):
+        self.hf = hf
+        self.template = template
+        self.added_tokens = tuple(added_tokens)
+        backend = Backend.from_str(hf.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        self.prefix_ids, self.suffix_ids = _additions(backend)
+        backend.post_processor = _no_post_processor()
+        self.backend = backend
+        self.vocab_size = len(hf)
+        self.eos_id, self.bos_id = hf.eos_token_id, hf.bos_token_id
+        candidates = (hf.pad_token_id, self.eos_id, hf.unk_token_id, 0)
+        self.pad_id = next(number for number in candidates if number is not None)
+        self.renderer = self.tools_renderer = None
+        self.end_of_turn_id = None
+        if template is not None:
+            names = {key: str(value) for key, value in hf.special_tokens_map.items() if isinstance(value, (str,))}
+            self.renderer = Renderer(template.text, names)
+            self.tools_renderer = Renderer(template.tools_text, names) if template.tools_text else self.renderer
+            self.end_of_turn_id = self._find_end_of_turn()
+        stops = [self.end_of_turn_id, *stop_ids, self.eos_id]
+        self.stop_ids = tuple(dict.fromkeys(number for number in stops if number is not None))
+
+    def __getstate__(self):
+        state = dict(self.__dict__)
+        for name in ("plain_backends", "control_pattern", "control_tokens"):  # made again on demand
+            state.pop(name, None)
+        return state
+
+    # --- encoding ------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; control tokens spelled in it are control tokens; nothing is added in front or behind."""
-        raise NotImplementedError
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` as plain text, even where it spells a control token."""
-        raise NotImplementedError
+        return self.encode_mixed([text], [self.hide_control_tokens(text)])[0].ids.tolist()
+
+    def encode_mixed(self, texts: Sequence[str], hidden: Sequence[str]) -> list[Encoded]:
+        """Encodes texts with their places.
+
+        Args:
+          texts: what is encoded.
+          hidden: the same texts (same lengths) with each control token that is *data* written in private-use
+            characters by `hide_control_tokens`; equal to the text where there is none.
+        """
+        encodings = self.backend.encode_batch(list(hidden), add_special_tokens=False)
+        return [
+            _places(encoding) if text == cover else self._patch(text, cover, _places(encoding))
+            for text, cover, encoding in zip(texts, hidden, encodings, strict=True)
+        ]
 
     def decode(self, ids, *, skip_special: bool = False) -> str:
-        raise NotImplementedError
+        return self.backend.decode([int(number) for number in ids], skip_special_tokens=skip_special)
+
+    def _patch(self, text: str, cover: str, encoded: Encoded) -> Encoded:
+        """Encodes anew, through the copy without control tokens, the stretches in which the data spells one."""
+        cuts = np.flatnonzero(np.isin(encoded.ids, self.control_ids))
+        bounds = [(0, 0, 0, 0)]  # (token from, token to, char from, char to) of each control token
+        bounds += [(i, i + 1, int(encoded.starts[i]), int(encoded.ends[i])) for i in cuts]
+        bounds.append((len(encoded.ids), len(encoded.ids), len(text), len(text)))
+        parts = []
+        for (_, first, _, begin), (last, until, end, _) in pairwise(bounds):
+            if cover[begin:end] != text[begin:end]:
+                at_start, inside = self.plain_backends
+                part = (at_start if begin == 0 else inside).encode(text[begin:end], add_special_tokens=False)
+                part = _places(part)
+                parts.append((part.ids, part.starts + begin, part.ends + begin))
+            else:
+                parts.append((encoded.ids[first:last], encoded.starts[first:last], encoded.ends[first:last]))
+            parts.append((encoded.ids[last:until], encoded.starts[last:until], encoded.ends[last:until]))
+        ids, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Encoded(ids, starts, ends)
+
+    # --- control tokens ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Added tokens that mean structure: all but blanks and HTML tags that some vocabularies list as added."""
+        added = self.backend.get_added_tokens_decoder()
+        return {
+            token.content: number
+            for number, token in added.items()
+            if token.special or not (token.content.isspace() or _HTML_TAG.fullmatch(token.content))
+        }
+
+    @cached_property
+    def control_ids(self) -> np.ndarray:
+        return np.array(sorted(self.control_tokens.values()), np.int32)
+
+    @cached_property
+    def turn_end_ids(self) -> np.ndarray:
+        """Ids that end an assistant turn: the template's own, and whatever else generation stops on."""
+        return np.array(self.stop_ids, np.int32)
+
+    @cached_property
+    def control_pattern(self) -> tuple[re.Pattern, re.Pattern, dict[str, str]]:
+        """Patterns of control tokens in prompts and in answers, and what hides each."""
+        names = sorted(self.control_tokens, key=lambda name: (-len(name), name))
+        added = self.backend.get_added_tokens_decoder()
+        answer = [n for n in names if added[self.control_tokens[n]].special or not _ANSWER_TAG.fullmatch(n)]
+        cover = {name: chr(_PLAIN_BASE + i) * len(name) for i, name in enumerate(names)}
+        everywhere, in_answers = (re.compile("|".join(map(re.escape, group)) or r"(?!)") for group in (names, answer))
+        return everywhere, in_answers, cover
+
+    @cached_property
+    def _control_starts(self) -> tuple[str, ...]:
+        """Two characters in front: a row with none of them needs no search."""
+        return tuple({name[:2] for name in self.control_tokens})
+
+    def hide_control_tokens(self, text: str, *, answer: bool = False) -> str:
+        """`text` with each spelled control token in private-use characters, as many as it has.
+
+        In answers, added tokens that aren't special and look like `<think>` stay: they are what the model writes.
+        """
+        if not any(start in text for start in self._control_starts):
+            return text
+        everywhere, in_answers, cover = self.control_pattern
+        return (in_answers if answer else everywhere).sub(lambda match: cover[match[0]], text)
+
+    def unhide_control_tokens(self, cover: str) -> str:
+        """The inverse of `hide_control_tokens`, on a rendering too."""
+        for name, hidden in self.control_pattern[2].items():
+            if hidden[0] in cover:
+                cover = cover.replace(hidden, name)
+        return cover
+
+    @cached_property
+    def plain_backends(self) -> tuple[Backend, Backend]:
+        """Copies without control tokens: for text at the very start, and for text behind a control token."""
+        spec = json.loads(self.backend.to_str())
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in self.control_tokens]
+        _make_unreachable(spec["model"], self.control_tokens)
+        first = json.dumps(spec)
+        _drop_first_prefix(spec.get("pre_tokenizer"))
+        backends = Backend.from_str(first), Backend.from_str(json.dumps(spec))
+        for token in spec["added_tokens"]:
+            if backends[0].token_to_id(token["content"]) != token["id"]:
+                raise ConfigError(f"the tokenizer's added token {token['content']!r} can't be told from control tokens")
+        return backends
+
+    # --- template ------------------------------------------------------------------------------------------------
+
+    def _find_end_of_turn(self) -> int | None:
+        """Renders a short conversation and takes the first control token behind the answer."""
+        answer = "Paris"
+        messages = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": answer}]
+        try:
+            text = self.renderer.render(messages)
+        except TemplateError as error:
+            raise ConfigError(
+                f"chat template {self.template.name!r} fails on a question and an answer ({error}): "
+                "set model.chat_template to a built-in one or a file"
+            ) from None
+        place = text.rfind(answer)
+        if place < 0:
+            raise ConfigError(f"chat template {self.template.name!r} doesn't write the assistant's content")
+        encoded = self.encode_mixed([text], [text])[0]
+        behind = encoded.starts >= place + len(answer)
+        found = np.flatnonzero(behind & np.isin(encoded.ids, self.control_ids))
+        return int(encoded.ids[found[0]]) if len(found) else None
+
+    def require_template(self) -> Renderer:
+        """The compiled template. Raises ConfigError where there is none, or no token ends its turns."""
+        if self.renderer is None:
+            raise ConfigError(
+                "the tokenizer has no chat template, and the data are conversations: set model.chat_template to "
+                f"one of {', '.join(templates.BUILTIN)}, or to a file with Jinja text"
+            )
+        if self.end_of_turn_id is None:
+            raise ConfigError(
+                f"chat template {self.template.name!r} ends an answer with no control token, so that generation would "
+                "never learn to stop: set model.end_of_turn to a token, or choose another model.chat_template"
+            )
+        return self.renderer
+
+    # --- identity ------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """Hex digest of everything that decides ids: tokenizer, template text, end-of-turn, added tokens."""
-        raise NotImplementedError
+        """Hex digest of everything that decides ids: tokenizer, template text, stop tokens, added tokens."""
+        text = [self.backend.to_str(), json.dumps([self.prefix_ids, self.suffix_ids, self.stop_ids, self.added_tokens])]
+        if self.template is not None:
+            text += [self.template.text, self.template.tools_text or "", json.dumps(self.renderer.special_tokens)]
+        return hashlib.sha256("\0".join(text).encode()).hexdigest()
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer files and chat_template.jinja."""
-        raise NotImplementedError
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja (and tokenizer.model if it had one)."""
+        directory = Path(directory)
+        try:
+            self.hf.save_pretrained(str(directory))
+            source = Path(str(self.hf.name_or_path or "")) / "tokenizer.model"
+            if not self.added_tokens and source.is_file() and not (directory / source.name).exists():
+                shutil.copyfile(source, directory / source.name)
+        except OSError as error:
+            raise StorageError(f"can't write tokenizer files to {directory}: {error}") from None
+
+    def generation_config(self) -> dict:
+        """The token fields of an export's generation_config.json."""
+        fields = {"bos_token_id": self.bos_id, "eos_token_id": list(self.stop_ids), "pad_token_id": self.pad_id}
+        return {key: value for key, value in fields.items() if value not in (None, [])}
 
 
 def load(path: str | Path, *, chat_template: str | None = None, end_of_turn: str | None = None) -> Tokenizer:
@@ -40,8 +279,200 @@ def load(path: str | Path, *, chat_template: str | None = None, end_of_turn: str
 
     Args:
       path: folder.
-      chat_template: name of a built-in template (see `templates.BUILTIN`), a file with Jinja text, or None for the
-        folder's own.
+      chat_template: name of a built-in template (`templates.BUILTIN`), a file with Jinja text, or None for the
+        folder's own. Control tokens that a built-in template needs and the tokenizer lacks are added as special
+        tokens, and named in `added_tokens`.
       end_of_turn: token that ends an assistant turn, in place of the template's own.
+
+    Raises:
+      ConfigError: no folder, no or damaged tokenizer files, unknown template.
     """
-    raise NotImplementedError
+    path = Path(path)
+    hf = _load_hf(path)
+    template, added = None, []
+    if chat_template:
+        template = templates.find(chat_template, end_of_turn)
+        added = _add_tokens(hf, template.tokens)
+    elif hf.chat_template:
+        template = _own_template(hf)
+    stop_ids = _generation_stops(path, len(hf))
+    tokenizer = Tokenizer(hf, template, added_tokens=added, stop_ids=stop_ids)
+    if template is not None and end_of_turn and template.end_of_turn is None:
+        tokenizer = _with_end_of_turn(tokenizer, end_of_turn, stop_ids)
+    if tokenizer.template is not None:
+        hf.chat_template = tokenizer.template.text
+        if tokenizer.template.tools_text:
+            hf.chat_template = {"default": tokenizer.template.text, "tool_use": tokenizer.template.tools_text}
+    return tokenizer
+
+
+def _load_hf(path: Path):
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder; a model folder has tokenizer.json or tokenizer.model in it")
+    has_fast, has_spm = (path / "tokenizer.json").is_file(), (path / "tokenizer.model").is_file()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # "PyTorch was not found" is as it should be
+    if has_spm and not has_fast:
+        return _load_sentencepiece(path)
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not has_fast and not (path / "vocab.json").is_file():
+        raise ConfigError(
+            f"{path} has no tokenizer.json, tokenizer.model or vocab.json: copy the model's tokenizer there"
+        )
+    try:
+        return _checked(AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False), path)
+    except ConfigError:
+        raise
+    except Exception as first:  # an unknown class, a class that wants other files: tokenizer.json says enough
+        if not has_fast:
+            raise ConfigError(f"{path}: the tokenizer can't be loaded: {_one_line(first)}") from None
+        try:
+            return _checked(PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True), path)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{path}/tokenizer.json can't be read, fetch it again: {_one_line(error)}") from None
+
+
+def _checked(hf, path: Path):
+    if getattr(hf, "backend_tokenizer", None) is None:
+        raise ConfigError(f"{path}: only a slow tokenizer is there; save it once as tokenizer.json with transformers")
+    return hf
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _load_sentencepiece(path: Path):
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {}
+    config_file = path / "tokenizer_config.json"
+    if config_file.is_file():
+        try:
+            settings = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{config_file} is not JSON: {error}") from None
+    backend, names = spm.build(path / "tokenizer.model", add_bos=settings.get("add_bos_token"))
+    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = settings.get(role)
+        value = value["content"] if isinstance(value, dict) else value
+        if value:
+            names[role] = value
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=str(path), **names)
+    template_file = path / "chat_template.jinja"
+    if template_file.is_file():
+        hf.chat_template = template_file.read_text(encoding="utf-8")
+    elif settings.get("chat_template"):
+        hf.chat_template = settings["chat_template"]
+    return hf
+
+
+def _own_template(hf) -> Template:
+    text = hf.chat_template
+    if isinstance(text, dict):
+        if "default" not in text:
+            raise ConfigError(
+                f"the tokenizer has chat templates {sorted(text)}, none named default: give one as a file"
+            )
+        return Template("tokenizer", text["default"], tools_text=text.get("tool_use"))
+    return Template("tokenizer", text)
+
+
+def _add_tokens(hf, names: Sequence[str]) -> list[str]:
+    """Adds those of `names` that the tokenizer lacks; one it has as ordinary text becomes a control token.
+
+    Returns those whose id is new.
+    """
+    from tokenizers import AddedToken
+
+    known = {token.content for token in hf.added_tokens_decoder.values()}
+    missing = [name for name in dict.fromkeys(names) if name not in known]
+    before = len(hf)
+    hf.add_tokens([AddedToken(name, special=True, normalized=False) for name in missing], special_tokens=True)
+    return [name for name in missing if hf.convert_tokens_to_ids(name) >= before]
+
+
+def _with_end_of_turn(tokenizer: Tokenizer, end_of_turn: str, stop_ids: Sequence[int]) -> Tokenizer:
+    """The same tokenizer with a foreign template changed to end its turns with another token."""
+    added = [*tokenizer.added_tokens, *_add_tokens(tokenizer.hf, [end_of_turn])]
+    old = tokenizer.end_of_turn_id
+    if old is None:
+        raise ConfigError(
+            f"model.end_of_turn={end_of_turn!r}: the template {tokenizer.template.name!r} ends its turns with no "
+            "control token that could be replaced; edit the template, or choose a built-in one"
+        )
+    name = tokenizer.hf.convert_ids_to_tokens(old)
+    own = tokenizer.template
+    text = templates.with_end_of_turn(own.text, name, end_of_turn)
+    tools_text = own.tools_text and templates.with_end_of_turn(own.tools_text, name, end_of_turn)
+    changed = Template(own.name, text, tools_text, end_of_turn, own.tokens)
+    result = Tokenizer(tokenizer.hf, changed, added_tokens=added, stop_ids=stop_ids)
+    if result.end_of_turn_id != tokenizer.hf.convert_tokens_to_ids(end_of_turn):
+        raise ConfigError(
+            f"model.end_of_turn={end_of_turn!r} could not be put into the template {own.name!r}: edit the template"
+        )
+    return result
+
+
+def _generation_stops(path: Path, vocab_size: int) -> list[int]:
+    """`eos_token_id` of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (path / name).is_file():
+            try:
+                value = json.loads((path / name).read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise ConfigError(f"{path / name} is not a JSON object: {error}") from None
+            numbers = value if isinstance(value, list) else [value]
+            numbers = [n for n in numbers if isinstance(n, int) and 0 <= n < vocab_size]
+            if numbers:
+                return numbers
+    return []
+
+
+def _places(encoding) -> Encoded:
+    ids = np.array(encoding.ids, np.int32)
+    offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+    return Encoded(ids, offsets[:, 0], offsets[:, 1])
+
+
+def _no_post_processor():
+    """A post-processor that does nothing: the usual byte-level one would trim blanks off the places."""
+    from tokenizers.processors import TemplateProcessing
+
+    return TemplateProcessing(single="$A:0", special_tokens=[])
+
+
+def _additions(backend: Backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that the tokenizer puts in front of and behind a text by itself."""
+    plain, full = (backend.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+    for cut in range(len(full) - len(plain) + 1):
+        if full[cut : cut + len(plain)] == plain:
+            return tuple(full[:cut]), tuple(full[cut + len(plain) :])
+    return (), ()
+
+
+def _make_unreachable(model: dict, names) -> None:
+    """Renames pieces in a tokenizer.json model so that no text can spell them; ids stay."""
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # unigram; the unknown piece is found by number
+        for entry in vocab:
+            if entry[0] in names:
+                entry[0] = _UNREACHABLE + entry[0]
+        return
+    keep = model.get("unk_token")  # found by name; BPE reaches it by merges only, which go away below
+    model["vocab"] = {(_UNREACHABLE + t if t in names and t != keep else t): i for t, i in vocab.items()}
+    if "merges" in model:
+        pairs = (pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model["merges"])
+        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
+
+
+def _drop_first_prefix(pre_tokenizer: dict | None) -> None:
+    """Metaspace's `first` scheme takes each stretch encoded alone for the first one."""
+    if pre_tokenizer is None:
+        return
+    for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+        if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "never"
