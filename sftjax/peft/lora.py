@@ -33,7 +33,7 @@ from sftjax.peft import adapters
 from sftjax.peft.spec import AdapterSpec, Target, find_targets, saved_modules
 
 Array = jax.Array
-TRAINED = ("lora_A", "lora_B", "magnitude")
+TRAINED = ("lora_A", "lora_B", "magnitude", "weight", "bias")  # not scale, initial_lora_A, initial_lora_B
 
 
 def apply(
@@ -65,7 +65,7 @@ def apply(
     if dropout_rng is not None and dropout_rate > 0:
         keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, x.shape)
         x = jnp.where(keep, x / (1 - dropout_rate), 0).astype(x.dtype)
-    low_A, low_B = _signed_factors(adapter)
+    low_A, low_B = signed_factors(adapter)
     low = matmul(x, low_A.astype(x.dtype)) * adapter["scale"].astype(x.dtype)
     delta = matmul(low, low_B.astype(x.dtype)).astype(y_base.dtype)
     if "magnitude" not in adapter:
@@ -76,7 +76,7 @@ def apply(
 
 def delta_weight(adapter: Mapping[str, Array]) -> Array:
     """`scale * B A`, float32, `[..., out, in]` for leaves with any leading axes."""
-    low_A, low_B = _signed_factors(adapter)
+    low_A, low_B = signed_factors(adapter)
     low_A, low_B = low_A.astype(jnp.float32), low_B.astype(jnp.float32)
     product = jnp.matmul(low_B, low_A, precision="highest")
     scale = adapter["scale"]
@@ -88,7 +88,7 @@ def weight_norm(weight: Array, adapter: Mapping[str, Array]) -> Array:
 
     |W + sBA|² = |W|² + 2 s (W Aᵀ · B) + s² (B (A Aᵀ) · B), each a row sum: the largest array is `[out, R]`.
     """
-    low_A, low_B = (part.astype(jnp.float32) for part in _signed_factors(adapter))
+    low_A, low_B = (part.astype(jnp.float32) for part in signed_factors(adapter))
     scale = adapter["scale"]
     squares = jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=-1)
     exact = jax.lax.Precision.HIGHEST
@@ -125,11 +125,28 @@ def init(rng: Array, params: tree.Tree, spec: AdapterSpec, *, quant: tree.Tree |
             for name, leaf in _init_module(key, path, target, spec, weight).items():
                 flat[f"{path}/{name}"] = leaf
     flat_params = tree.flatten(params)
-    for path in saved_modules(params, spec) if spec.method != "full" else ():
-        for name in ("weight", "bias"):
-            if f"{path}/{name}" in flat_params:
-                flat[f"{path}/{name}"] = jnp.asarray(flat_params[f"{path}/{name}"], jnp.float32)
+    for path in _copied(params, spec, quant) if spec.method != "full" else ():
+        flat[path] = jnp.asarray(flat_params[path], jnp.float32)
     return tree.unflatten(flat)
+
+
+def _copied(params: tree.Tree, spec: AdapterSpec, quant: tree.Tree | None) -> list[str]:
+    """Paths of the parameters that are trained as a copy in the adapter: whole modules, and biases.
+
+    The copy wins over the model's own, so the base stays as it is and the adapter alone holds what was learnt.
+    """
+    saved = saved_modules(params, spec)
+    wanted = {f"{module}/{name}" for module in saved for name in ("weight", "bias")}
+    biases = [path for path in tree.flatten(params) if path.rpartition("/")[2] == "bias"]
+    if spec.bias == "all":
+        wanted.update(biases)
+    elif spec.bias == "lora_only":
+        targets = find_targets(params, spec, quant)
+        partial = [path for path, target in targets.items() if 0 in target.ranks and f"{path}/bias" in biases]
+        if partial:
+            raise ConfigError(f"adapter.bias='lora_only' needs all layers targeted or none; {partial[0]} is in part")
+        wanted.update(f"{path}/bias" for path in targets)
+    return [path for path in tree.flatten(params) if path in wanted]
 
 
 def base_weight(path: str, params: tree.Tree, quant: tree.Tree | None = None) -> Array:
@@ -143,45 +160,29 @@ def base_weight(path: str, params: tree.Tree, quant: tree.Tree | None = None) ->
     return jax.lax.map(lambda leaves: nf4.dequantise(leaves), node)
 
 
-def trainable_regex(spec: AdapterSpec, adapter: tree.Tree | None = None) -> str:
+def trainable_regex(spec: AdapterSpec) -> str:
     """A regex over "<collection>/<path>" of everything that is trained.
 
-    Args:
-      adapter: the adapter tree (or its shapes); needed for `bias="lora_only"` and `modules_to_save` alone.
+    Of the adapter that is all but the constants; of the parameters all (method "full"), or what `also_train` adds.
     """
     if spec.method == "full":
         return r"params/.*"
-    paths = tree.flatten(adapter or {})
-    parts = [rf"adapter/.*/({'|'.join(TRAINED)})"]
-    if spec.bottleneck:
-        parts = [r"adapter/.*/adapter_(attn|mlp)/(down|up)/(weight|bias)"]
-    if spec.modules_to_save:
-        parts += [rf"adapter/(.*/)?{re.escape(module)}/(weight|bias)" for module in spec.modules_to_save]
-    if spec.bias == "all":
-        parts.append(r"params/(.*/)?bias")
-    if spec.bias == "lora_only":
-        modules = [re.escape(path.removesuffix("/lora_A")) for path in paths if path.endswith("/lora_A")]
-        if not modules:
-            raise ValueError("bias='lora_only' needs the adapter tree to know its modules")
-        parts.append(rf"params/({'|'.join(m for m in modules if 'initial' not in m)})/bias")
-    if spec.also_train:
-        parts.append(spec.also_train)
-    return "|".join(f"(?:{part})" for part in parts)
+    adapter = rf"adapter/(?:.*/)?(?:{'|'.join(TRAINED)})"
+    return f"{adapter}|(?:{spec.also_train})" if spec.also_train else adapter
 
 
 def count_parameters(params: tree.Tree, spec: AdapterSpec, *, quant: tree.Tree | None = None) -> int:
     """Trained numbers that the adapter adds, zero padding of smaller ranks not counted."""
     adapter = jax.eval_shape(lambda p, q: init(jax.random.key(0), p, spec, quant=q), params, quant)
-    regex = trainable_regex(spec, adapter)
     flat = tree.flatten({"adapter": adapter})
-    total = sum(int(np.prod(leaf.shape)) for path, leaf in flat.items() if re.fullmatch(regex, path))
+    total = sum(int(np.prod(leaf.shape)) for path, leaf in flat.items() if re.fullmatch(trainable_regex(spec), path))
     if spec.method == "lora":
         low = sum(int(np.prod(leaf.shape)) for path, leaf in flat.items() if re.fullmatch(r".*/lora_[AB]", path))
         total += sum(target.parameters for target in find_targets(params, spec, quant).values()) - low
     return total
 
 
-def _signed_factors(adapter: Mapping[str, Array]) -> tuple[Array, Array]:
+def signed_factors(adapter: Mapping[str, Array]) -> tuple[Array, Array]:
     """A and B of the whole change; PiSSA's has the step-0 product subtracted, as rank 2R: [A; A₀], [B, -B₀]."""
     low_A, low_B = adapter["lora_A"], adapter["lora_B"]
     if "initial_lora_A" not in adapter:
