@@ -133,6 +133,10 @@ class Mixture:
             source += 1
         return epoch, source, self._row(source, epoch * self.counts[source] + slot)
 
+    def location(self, source: int, row: int) -> str:
+        """Where a row stands, such as "train.jsonl:17"."""
+        return self.ingredients[source].source.location(row)
+
     def epoch_at(self, rows: float) -> float:
         """Epochs passed after `rows` rows of the stream, as a float."""
         if self._length != ENDLESS and rows >= self._length:

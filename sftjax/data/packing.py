@@ -265,3 +265,20 @@ def assemble(rows: Sequence[dict[str, Any]], count: int, lengths: Sequence[int],
         "positions": positions,
         "source_ids": sources,
     }
+
+
+def simulate(lengths: Sequence[int], strategy: str, shape: Shape, *, bins: int) -> np.ndarray:
+    """Real tokens of each packed row if samples of these lengths came in this order: the packer without the data."""
+    elements = [{"data": np.zeros(n, np.uint8), "example": n} for n in lengths]
+    if not elements:
+        return np.zeros(0, np.int64)
+    stream = grain.MapDataset.source(elements).to_iter_dataset(grain.ReadOptions(num_threads=0))
+    return np.array([sum(row["example"]) for row in pack(stream, strategy, shape, bins=bins)], np.int64)
+
+
+def slots(row_tokens: np.ndarray, shape: Shape, accumulation: int) -> np.ndarray:
+    """Token slots (real and padding) of each step, for rows with so many real tokens; int64 [steps]."""
+    per_step = accumulation * shape.rows
+    steps = -(-len(row_tokens) // per_step)
+    fullest = np.pad(row_tokens, (0, steps * per_step - len(row_tokens))).reshape(steps, per_step).max(axis=1)
+    return np.array(shape.lengths)[np.searchsorted(shape.lengths, fullest)] * per_step

@@ -191,7 +191,7 @@ class SampleIterator(grain.DatasetIterator):
         """Reads row `_row`; one without pieces is passed over."""
         self._before, self._carry_before = self.ledger.snapshot(), self._carry
         row = self._next_row()
-        pieces = account(self.ledger, row, self._stream.length, self._stream.overlong, self._location)
+        pieces = account(self.ledger, row, self._stream.length, self._stream.overlong, self._stream.mixture.location)
         if pieces:
             self._pieces, self._since_sample = pieces, 0
             return
@@ -228,9 +228,6 @@ class SampleIterator(grain.DatasetIterator):
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         self._workers = iter(dataset)
         return (row for chunk in self._workers for row in chunk)
-
-    def _location(self, source: int, row: int) -> str:
-        return self._stream.mixture.ingredients[source].source.location(row)
 
     def _judge_losses(self) -> None:
         read, empty = self.ledger.total("rows"), self.ledger.total("empty_rows")
