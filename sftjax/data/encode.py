@@ -208,8 +208,8 @@ class RowEncoder:
             if (text, hidden) not in self._heads
         )
         wanted = list(wanted)
-        encodings = self.tokenizer.encode_mixed([text for text, _ in wanted], [hidden for _, hidden in wanted])
-        found = {key: encoded.ids for key, encoded in zip(wanted, encodings, strict=True)}
+        ids = self.tokenizer.encode_ids([text for text, _ in wanted], [hidden for _, hidden in wanted])
+        found = dict(zip(wanted, ids, strict=True))
         for draft in drafts:
             for begin, first, text, hidden in draft.heads:
                 alone = found[text, hidden] if (text, hidden) in found else self._heads[text, hidden]

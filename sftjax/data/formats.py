@@ -168,6 +168,9 @@ def _message(message: Mapping, number: int) -> dict[str, Any]:
     role = message.get("role")
     if role not in ROLES:
         raise RowError("unknown_role", f"message {number} has role {role!r}, not one of {', '.join(ROLES)}")
+    if len(message) == 2 and isinstance(content := message.get("content"), str):  # nearly all messages
+        _check_text(content, f"message {number}")
+        return {"role": role, "content": content}
     cleaned = {k: v for k, v in message.items() if v is not None and k not in ("train", "weight")}
     content = cleaned.get("content")
     if isinstance(content, list):

@@ -187,6 +187,9 @@ def _map_strings(value, function) -> tuple[Any, bool]:
 
 
 def _hide(tokenizer: Tokenizer, messages) -> tuple[list, bool]:
+    values = [value for message in messages for value in message.values()]
+    if all(type(value) is str for value in values) and not tokenizer.may_spell_control_tokens("".join(values)):
+        return list(messages), False  # nearly all rows
     results = []
     for message in messages:
         answer = message["role"] == "assistant"
@@ -233,8 +236,8 @@ def mask(tokenizer: Tokenizer, rendered: Rendered, encoded: Encoded) -> Masked:
     work into independent stretches, so the prompt alone is tokenised alike if this stretch alone is.
     """
     weights = np.zeros(len(encoded.ids), np.float32)
-    stops = np.flatnonzero(np.isin(encoded.ids, tokenizer.turn_end_ids))
-    controls = np.flatnonzero(np.isin(encoded.ids, tokenizer.control_ids))
+    stops = np.flatnonzero(tokenizer.is_turn_end[encoded.ids])
+    controls = np.flatnonzero(tokenizer.is_control[encoded.ids])
     straddle, heads = False, []
     for span in rendered.spans:
         first = first_token(encoded, span.start)

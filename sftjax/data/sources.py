@@ -1,9 +1,42 @@
-"""Files of rows with random access."""
+"""Files of rows with random access: JSONL, JSON, Parquet, CSV, text, TFDS, hub data sets; local or remote alike.
+
+Everything that is not a plain local file (gs://, s3://, a member of a zip or wheel, *.gz) is first copied into a local
+cache, once for each content; then all readers deal with local files. A row that can't be read raises a RowError when it
+is asked for, so that the ledger counts it with its place; a file that can't be read at all raises here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import hashlib
+import io
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+import orjson
+
+from sftjax.data.types import RowError
+from sftjax.errors import ConfigError, DataError, StorageError
+
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".md": "text",
+    ".text": "text",
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_CHUNK = 16 * 2**20
+_SPEC_KEYS = frozenset({"path", "format", "split", "fields", "weight", "name", "data_dir", "unit", "revision"})
 
 
 class Source(Protocol):
@@ -30,7 +63,479 @@ def open_source(spec: Mapping[str, Any] | str) -> Source:
     """Opens a source.
 
     Args:
-      spec: a path, or a mapping with `path` (local, gs:// or any fsspec address, "tfds:name", "hub:owner/name") and
-        optionally `slice` ("train[:1000]", "[:10%]"), `name`. Other keys (format, fields, weight) are the caller's.
+      spec: a path, or a mapping with `path` and optionally `split`, `name`, `unit`, `data_dir`. The path may be local
+        or any address fsspec knows (gs://bucket/x.jsonl), a folder, a pattern (data/*.jsonl), a list of these, a member
+        of a zip or wheel (x.whl!inner/y.json), "tfds:name" or "hub:owner/name". `split` is "train", "train[:1000]",
+        "[10%:]", or several joined by "+"; `unit` says what a row of a text file is: "line" (default), "paragraph"
+        (between empty lines) or "file". `data_dir` is where TFDS keeps its builds. The keys `format`, `fields` and
+        `weight` are for the encoder and the mixture, and not read here.
+
+    Raises:
+      ConfigError: the spec says something that can't be.
+      StorageError: a file isn't there or can't be read.
+      DataError: a file can't be read as what it is said to be.
     """
-    raise NotImplementedError
+    spec = {"path": spec} if isinstance(spec, (str, os.PathLike)) else dict(spec)
+    if unknown := set(spec) - _SPEC_KEYS:
+        raise ConfigError(f"data source: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(_SPEC_KEYS))}")
+    if not spec.get("path"):
+        raise ConfigError("data source: no path")
+    path, split = spec["path"], spec.get("split") or ""
+    paths = list(path) if isinstance(path, (list, tuple)) else [os.fspath(path)]
+    if paths[0].startswith(("tfds:", "hub:")):
+        from sftjax.data import datasets
+
+        source, ranges = datasets.open_named(paths[0], split, spec.get("data_dir"), spec.get("revision"))
+    else:
+        files = [file for path in paths for file in _expand(path)]
+        parts = [_open_file(file, spec.get("unit") or "line") for file in files]
+        source = parts[0] if len(parts) == 1 else Concatenated(parts, paths[0])
+        ranges = parse_split(split)
+    if ranges is not None:
+        source = Sliced(source, _rows_of(ranges, len(source), split), split)
+    if spec.get("name"):
+        source.name = spec["name"]
+    return source
+
+
+# --- slices ------------------------------------------------------------------------------------------------------
+
+_SPLIT = re.compile(r"(?P<name>\w*)\s*(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+
+
+def split_name(split: str) -> str:
+    """The name before the bracket: "train" of "train[:1000]"."""
+    return split.split("[")[0].strip()
+
+
+def parse_split(split: str) -> list[tuple[str | None, str | None]] | None:
+    """(start, stop) texts of each part; None for the whole. A file has no splits of its own but "train"."""
+    if not split or split in ("train", "all"):
+        return None
+    ranges = []
+    for part in split.split("+"):
+        match = _SPLIT.fullmatch(part.strip())
+        if match is None or match["name"] not in ("", "train", "all"):
+            raise ConfigError(f"data source: split {split!r} is not of the form '[:1000]', 'train[10%:20%]'")
+        ranges.append((match["start"], match["stop"]))
+    return ranges
+
+
+def _rows_of(ranges, length: int, split: str) -> np.ndarray:
+    def place(text: str | None, default: int) -> int:
+        if text is None:
+            return default
+        number = round(int(text[:-1]) * length / 100) if text.endswith("%") else int(text)
+        return min(max(number + length if number < 0 else number, 0), length)
+
+    rows = [np.arange(place(start, 0), place(stop, length)) for start, stop in ranges]
+    rows = np.concatenate(rows)
+    if not len(rows):
+        raise DataError(f"split {split!r} of {length} rows leaves none")
+    return rows
+
+
+class Sliced:
+    """Some rows of another source."""
+
+    def __init__(self, source, rows: np.ndarray, split: str):
+        self._source, self._rows, self._split = source, rows, split
+        self.name = source.name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[int(self._rows[index])]
+
+    def location(self, index: int) -> str:
+        return self._source.location(int(self._rows[index]))
+
+    def fingerprint(self) -> str:
+        return digest(self._source.fingerprint(), self._split)
+
+
+class Concatenated:
+    """Several files as one."""
+
+    def __init__(self, parts: Sequence, name: str):
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.name = name
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _find(self, index: int):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part, row = self._find(index)
+        return part[row]
+
+    def location(self, index: int) -> str:
+        part, row = self._find(index)
+        return part.location(row)
+
+    def fingerprint(self) -> str:
+        return digest(*(part.fingerprint() for part in self._parts))
+
+
+def digest(*texts: str) -> str:
+    """Hex digest of several texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path or "::" in path
+
+
+def _expand(path: str) -> list[str]:
+    """A folder or a pattern as the files in it, sorted."""
+    path = os.fspath(path)
+    if "!" in path:
+        outer, inner = path.split("!", 1)
+        return [f"zip://{inner.lstrip('/')}::{outer}"]
+    if not _is_remote(path):
+        local = Path(path).expanduser()
+        if local.is_file():
+            return [str(local)]
+        if local.is_dir():
+            found = sorted(str(file) for file in local.iterdir() if _kind_of(file.name) is not None)
+        elif any(char in path for char in "*?["):
+            found = sorted(str(file) for file in local.parent.glob(local.name))
+        else:
+            raise StorageError(f"{path}: no such file")
+    elif any(char in path for char in "*?["):
+        found = _remote(
+            lambda fsspec: sorted(f"{f.fs.unstrip_protocol(f.path)}" for f in fsspec.open_files(path)), path
+        )
+    else:
+        return [path]
+    if not found:
+        raise StorageError(f"{path}: no data files there ({', '.join(_SUFFIXES)})")
+    return found
+
+
+def _remote(action, path: str):
+    """Runs `action(fsspec)` with its many kinds of errors as one."""
+    import fsspec
+
+    try:
+        return action(fsspec)
+    except ImportError as error:
+        raise StorageError(f"{path}: {error}") from None  # "Please install gcsfs to access ..."
+    except FileNotFoundError:
+        raise StorageError(f"{path}: no such file") from None
+    except (ValueError, KeyError) as error:
+        raise StorageError(f"{path}: no such file, or no address that fsspec knows ({error})") from None
+    except Exception as error:  # each storage has its own
+        raise StorageError(f"{path} can't be read: {type(error).__name__}: {error}") from None
+
+
+def _kind_of(name: str) -> str | None:
+    name = name.lower()
+    for suffix in _COMPRESSED:
+        name = name.removesuffix(suffix)
+    return _SUFFIXES.get(os.path.splitext(name)[1])
+
+
+def _local_copy(path: str) -> str:
+    """The path itself if it is a plain local file; else a copy in the cache, decompressed."""
+    if not _is_remote(path) and not path.lower().endswith(_COMPRESSED):
+        return path
+    import fsspec
+
+    def stamp(fsspec) -> str:
+        opened = fsspec.open(path)
+        return f"{path} {opened.fs.ukey(opened.path)}"
+
+    folder = Path(os.environ.get("SFTJAX_CACHE") or Path(tempfile.gettempdir()) / f"sftjax-{os.getuid()}")
+    name = re.split(r"::", path)[0].rsplit("/", 1)[-1]
+    target = folder / f"{digest(_remote(stamp, path))[:24]}-{name}"
+    if target.is_file():
+        return str(target)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        aside = target.with_name(f"{target.name}.{os.getpid()}")
+        with aside.open("wb") as output:
+
+            def copy(_):
+                with fsspec.open(path, "rb", compression="infer") as file:
+                    while block := file.read(_CHUNK):
+                        output.write(block)
+
+            _remote(copy, path)
+        aside.rename(target)
+    except OSError as error:
+        raise StorageError(f"can't write a local copy of {path} to {folder}: {error}; set SFTJAX_CACHE") from None
+    return str(target)
+
+
+def _open_file(path: str, unit: str):
+    name = re.split(r"::", path)[0].rsplit("/", 1)[-1]
+    kind = _kind_of(name)
+    local = _local_copy(path)
+    try:
+        with open(local, "rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise StorageError(f"{path} can't be read: {error.strerror}") from None
+    if head[:4] == b"PAR1":
+        kind = "parquet"
+    elif head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path} is UTF-16 text: save it as UTF-8")
+    elif kind == "parquet":
+        raise DataError(f"{path} is not a Parquet file, or is cut short: fetch it again")
+    if not head.strip():
+        raise DataError(f"{path} is empty")
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if kind in ("json", "jsonl", None) and start in (b"{", b"["):
+        # The content decides: many .json files hold one object a line, and some .jsonl files a list.
+        kind = "json" if start == b"[" else "jsonl"
+    if kind is None:
+        raise DataError(f"{path}: neither its name nor its content tells what it is ({', '.join(_SUFFIXES)})")
+    if kind == "json" and start != b"[":
+        kind = "jsonl"
+    if kind == "text":
+        if unit not in ("line", "paragraph", "file"):
+            raise ConfigError(f"data source: unit={unit!r} is not line, paragraph or file")
+        return TextFile(path, local, unit)
+    return {"jsonl": JsonLines, "json": JsonList, "parquet": Parquet, "csv": Csv}[kind](path, local)
+
+
+def _loads(line: bytes) -> dict[str, Any]:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        try:
+            line.decode()
+        except UnicodeDecodeError as wrong:
+            raise RowError("not_utf8", f"byte {wrong.start} of the line is not UTF-8: save the file as UTF-8") from None
+        raise RowError("broken_json", f"the line is not JSON: {error}") from None
+
+
+class JsonLines:
+    """One JSON object a line. Holds where lines start (8 bytes a row), not the lines."""
+
+    def __init__(self, path: str, local: str):
+        self.name, self._local = path, local
+        self._handle: int | None = None
+        self._starts, self._ends, self._numbers, self._hash = _scan_lines(local)
+        if not len(self._starts):
+            raise DataError(f"{path} is empty")
+
+    def __getstate__(self):
+        return {**self.__dict__, "_handle": None}
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self._handle is None:
+            try:
+                self._handle = os.open(self._local, os.O_RDONLY)
+            except OSError as error:
+                raise StorageError(f"{self.name} can't be read any more: {error.strerror}") from None
+        start = int(self._starts[index])
+        row = _loads(_read(self._handle, start, int(self._ends[index]) - start))
+        if not isinstance(row, dict):
+            raise RowError("not_an_object", f"the line holds {type(row).__name__}, not an object with keys")
+        return row
+
+    def location(self, index: int) -> str:
+        return f"{self.name}:{int(self._numbers[index])}"
+
+    def fingerprint(self) -> str:
+        return self._hash
+
+
+def _read(handle: int, start: int, size: int) -> bytes:
+    """`os.pread`, which leaves no shared position between threads, to the end (it may stop at 2 GiB)."""
+    parts = []
+    while size > 0 and (block := os.pread(handle, size, start)):
+        parts.append(block)
+        start, size = start + len(block), size - len(block)
+    return b"".join(parts)
+
+
+def _scan_lines(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Starts, ends and numbers (from 1) of the lines that aren't blank, and the digest of the content."""
+    digest, offset, newlines = hashlib.sha256(), 0, []
+    with open(path, "rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+            newlines.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + offset)
+            offset += len(block)
+        breaks = np.concatenate(newlines) if newlines else np.zeros(0, np.int64)
+        starts, ends = np.concatenate([[0], breaks + 1]), np.concatenate([breaks, [offset]])
+        file.seek(0)
+        if file.read(3) == b"\xef\xbb\xbf":
+            starts[0] = 3
+        keep = ends > starts
+        for i in np.flatnonzero(keep & (ends - starts < 64)):  # a short line may be blanks, or a lone \r
+            file.seek(starts[i])
+            keep[i] = bool(file.read(ends[i] - starts[i]).strip())
+    return starts[keep], ends[keep], np.flatnonzero(keep) + 1, digest.hexdigest()
+
+
+class _InMemory:
+    """Rows that are read all at once, again in each process."""
+
+    def __init__(self, path: str, local: str):
+        self.name, self._local = path, local
+        self._hash = hash_file(local)
+        self._rows: Any = None
+        self._length = len(self._loaded())
+        if not self._length:
+            raise DataError(f"{path} has no rows")
+
+    def _load(self) -> Any:
+        raise NotImplementedError
+
+    def _loaded(self):
+        if self._rows is None:
+            self._rows = self._load()
+        return self._rows
+
+    def __getstate__(self):
+        return {**self.__dict__, "_rows": None}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def location(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+    def fingerprint(self) -> str:
+        return self._hash
+
+
+def hash_file(path: str) -> str:
+    """Hex digest of a local file's content."""
+    with open(path, "rb") as file:
+        return hashlib.filedigest(file, "sha256").hexdigest()
+
+
+class JsonList(_InMemory):
+    """A JSON list of objects."""
+
+    def _load(self) -> list:
+        content = Path(self._local).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        try:
+            return orjson.loads(content)
+        except orjson.JSONDecodeError as error:
+            try:
+                content.decode()
+            except UnicodeDecodeError as wrong:
+                raise DataError(f"{self.name}: byte {wrong.start} is not UTF-8: save the file as UTF-8") from None
+            raise DataError(f"{self.name}:{error.lineno}: not JSON: {error.msg}") from None
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._loaded()[index]
+        if not isinstance(row, dict):
+            raise RowError("not_an_object", f"the entry is {type(row).__name__}, not an object with keys")
+        return row
+
+
+class Parquet(_InMemory):
+    """Parquet, memory-mapped. Keys that Arrow filled in with nulls (a struct has all keys in every row) go away."""
+
+    def _load(self):
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            return parquet.read_table(self._local, memory_map=True)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{self.name} is not a Parquet file, or is cut short: {error}") from None
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return drop_none(self._loaded().slice(index, 1).to_pylist()[0])
+
+
+def drop_none(value):
+    """`value` without keys whose value is None, at every depth."""
+    if isinstance(value, dict):
+        return {key: drop_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [drop_none(item) for item in value]
+    return value
+
+
+def _decoded_text(path: str, name: str) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
+
+
+class Csv(_InMemory):
+    """A table with a header line, comma or (in .tsv) tab separated."""
+
+    def _load(self) -> list:
+        delimiter = "\t" if ".tsv" in self.name.lower() else ","
+        text = io.StringIO(_decoded_text(self._local, self.name), newline="")
+        csv.field_size_limit(2**30)
+        reader = csv.reader(text, delimiter=delimiter)
+        try:
+            header = next(reader, [])
+            if len(set(header)) != len(header):
+                raise DataError(f"{self.name}: two columns have the same name")
+            rows = []
+            for cells in reader:
+                if cells:
+                    rows.append((reader.line_num, cells))
+        except csv.Error as error:
+            raise DataError(f"{self.name}:{reader.line_num}: {error}") from None
+        self._header = header
+        return rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        _, cells = self._loaded()[index]
+        if len(cells) != len(self._header):
+            raise RowError("broken_csv", f"the line has {len(cells)} cells, and the header {len(self._header)}")
+        return dict(zip(self._header, cells, strict=True))
+
+    def location(self, index: int) -> str:
+        return f"{self.name}:{self._loaded()[index][0]}"
+
+
+class TextFile(_InMemory):
+    """Plain text; a row is a line, a paragraph, or all of it."""
+
+    def __init__(self, path: str, local: str, unit: str):
+        self._unit = unit
+        super().__init__(path, local)
+
+    def _load(self) -> list[tuple[int, str]]:
+        text = _decoded_text(self._local, self.name).replace("\r\n", "\n")
+        if self._unit == "file":
+            return [(1, text)] if text.strip() else []
+        if self._unit == "line":
+            return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows, number = [], 1
+        for block in re.split(r"(\n[ \t]*\n\s*)", text):
+            if block.strip():
+                rows.append((number, block.strip("\n")))
+            number += block.count("\n")
+        return rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"text": self._loaded()[index][1]}
+
+    def location(self, index: int) -> str:
+        return f"{self.name}:{self._loaded()[index][0]}"
+
+    def fingerprint(self) -> str:
+        return digest(self._hash, self._unit)

@@ -108,7 +108,7 @@ class Tokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` as plain text, even where it spells a control token."""
-        return self.encode_mixed([text], [self.hide_control_tokens(text)])[0].ids.tolist()
+        return list(self.encode_ids([text], [self.hide_control_tokens(text)])[0])
 
     def encode_mixed(self, texts: Sequence[str], hidden: Sequence[str]) -> list[Encoded]:
         """Encodes texts with their places.
@@ -124,12 +124,20 @@ class Tokenizer:
             for text, cover, encoding in zip(texts, hidden, encodings, strict=True)
         ]
 
+    def encode_ids(self, texts: Sequence[str], hidden: Sequence[str]) -> list[Sequence[int]]:
+        """`encode_mixed` without the places."""
+        encodings = self.backend.encode_batch_fast(list(hidden), add_special_tokens=False)
+        return [
+            encoding.ids if text == cover else self.encode_mixed([text], [cover])[0].ids.tolist()
+            for text, cover, encoding in zip(texts, hidden, encodings, strict=True)
+        ]
+
     def decode(self, ids, *, skip_special: bool = False) -> str:
         return self.backend.decode([int(number) for number in ids], skip_special_tokens=skip_special)
 
     def _patch(self, text: str, cover: str, encoded: Encoded) -> Encoded:
         """Encodes anew, through the copy without control tokens, the stretches in which the data spells one."""
-        cuts = np.flatnonzero(np.isin(encoded.ids, self.control_ids))
+        cuts = np.flatnonzero(self.is_control[encoded.ids])
         bounds = [(0, 0, 0, 0)]  # (token from, token to, char from, char to) of each control token
         bounds += [(i, i + 1, int(encoded.starts[i]), int(encoded.ends[i])) for i in cuts]
         bounds.append((len(encoded.ids), len(encoded.ids), len(text), len(text)))
@@ -159,13 +167,19 @@ class Tokenizer:
         }
 
     @cached_property
-    def control_ids(self) -> np.ndarray:
-        return np.array(sorted(self.control_tokens.values()), np.int32)
+    def is_control(self) -> np.ndarray:
+        """bool [vocab_size]: control tokens."""
+        return self._table(self.control_tokens.values())
 
     @cached_property
-    def turn_end_ids(self) -> np.ndarray:
-        """Ids that end an assistant turn: the template's own, and whatever else generation stops on."""
-        return np.array(self.stop_ids, np.int32)
+    def is_turn_end(self) -> np.ndarray:
+        """bool [vocab_size]: what ends an assistant turn, the template's own and whatever else generation stops on."""
+        return self._table(self.stop_ids)
+
+    def _table(self, ids) -> np.ndarray:
+        table = np.zeros(max(self.vocab_size, self.backend.get_vocab_size()), bool)
+        table[list(ids)] = True
+        return table
 
     @cached_property
     def control_pattern(self) -> tuple[re.Pattern, re.Pattern, dict[str, str]]:
@@ -179,15 +193,19 @@ class Tokenizer:
 
     @cached_property
     def _control_starts(self) -> tuple[str, ...]:
-        """Two characters in front: a row with none of them needs no search."""
-        return tuple({name[:2] for name in self.control_tokens})
+        """First characters: a text with none of them needs no search."""
+        return tuple({name[0] for name in self.control_tokens})
+
+    def may_spell_control_tokens(self, text: str) -> bool:
+        """A quick look; False means no."""
+        return any(start in text for start in self._control_starts)
 
     def hide_control_tokens(self, text: str, *, answer: bool = False) -> str:
         """`text` with each spelled control token in private-use characters, as many as it has.
 
         In answers, added tokens that aren't special and look like `<think>` stay: they are what the model writes.
         """
-        if not any(start in text for start in self._control_starts):
+        if not self.may_spell_control_tokens(text):
             return text
         everywhere, in_answers, cover = self.control_pattern
         return (in_answers if answer else everywhere).sub(lambda match: cover[match[0]], text)
@@ -231,7 +249,7 @@ class Tokenizer:
             raise ConfigError(f"chat template {self.template.name!r} doesn't write the assistant's content")
         encoded = self.encode_mixed([text], [text])[0]
         behind = encoded.starts >= place + len(answer)
-        found = np.flatnonzero(behind & np.isin(encoded.ids, self.control_ids))
+        found = np.flatnonzero(behind & self.is_control[encoded.ids])
         return int(encoded.ids[found[0]]) if len(found) else None
 
     def require_template(self) -> Renderer:
