@@ -14,7 +14,6 @@ The state is stored as nested dicts by path, so that a part of it (`restore_para
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -31,12 +30,12 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers as policies
 
 from sftjax import tree as tree_lib
-from sftjax.digest import digest, signature
+from sftjax.digest import Damaged, as_json, check_documents, check_leaves, check_seal, digest, seal, signature
 from sftjax.errors import ConfigError, StorageError
 
 log = logging.getLogger(__name__)
 
-STATE_ITEMS = ("state", "position", "meta", "digest")
+DOCUMENTS = ("position", "meta", "metrics", "digest")
 DELETED, DAMAGED = "deleted", "damaged"
 
 
@@ -47,36 +46,6 @@ class Restored(NamedTuple):
     state: Any
     position: dict[str, Any]
     meta: dict[str, Any]
-
-
-class _Damaged(Exception):
-    """A checkpoint can't be read, or isn't what was written."""
-
-
-# --- the documents beside the arrays ------------------------------------------------------------------------------------
-
-
-def _as_json(value: Any) -> Any:
-    """What reading the JSON of `value` will give: lists for tuples, strings for keys."""
-    return json.loads(json.dumps(value))
-
-
-def _json_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _seal(leaves: dict[str, str], documents: dict[str, Any]) -> dict[str, Any]:
-    """The digest item: of every leaf, of the JSON documents beside them, and of itself."""
-    item = {"leaves": leaves, "documents": {name: _json_digest(value) for name, value in documents.items()}}
-    return {**item, "self": _json_digest(item)}
-
-
-def _check_seal(item: Any) -> dict[str, Any]:
-    if not isinstance(item, dict) or _json_digest({key: item[key] for key in item if key != "self"}) != item.get(
-        "self"
-    ):
-        raise _Damaged("its digest file was altered")
-    return item
 
 
 # --- trees ------------------------------------------------------------------------------------------------------------
@@ -131,6 +100,16 @@ def _differences(saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[st
 # --- the checkpointer -------------------------------------------------------------------------------------------------
 
 
+class _KeepOnly(policies.PreservationPolicy):
+    """Orbax's `BestN` over figures that this module has read itself."""
+
+    def __init__(self, best_step):
+        self._best_step = best_step
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        return [info.step == self._best_step() for info in checkpoints]
+
+
 class Checkpointer:
     """Saves and restores the checkpoints of one run.
 
@@ -157,19 +136,19 @@ class Checkpointer:
         self._directory = epath.Path(directory)
         self._metric, self._sign = metric, 1.0 if greater_is_better else -1.0
         self._primary = jax.process_index() == 0
-        keep_best = policies.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), keep_best]),
-            best_fn=self._rank,  # makes Orbax store the metrics; what is deleted is up to the policy
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _KeepOnly(self.best_step)]),
+            lightweight_initialize=True,  # else one damaged document keeps all of them from being opened
             cleanup_tmp_directories=True,
             todelete_subdir=DELETED,  # a plain deletion, killed half-way, leaves a folder that looks like a checkpoint
             async_options=ocp.AsyncOptions(post_finalization_callback=self._written),
         )
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=STATE_ITEMS)
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("state", *DOCUMENTS))
         except (OSError, ValueError) as error:
             raise StorageError(f"{directory}: can't keep checkpoints here ({error})") from error
+        self._ranks = {step: self._rank(self._read_metrics(step)) for step in self.all_steps()}
         self._saving: int | None = None
         self._remove_deleted()
 
@@ -205,19 +184,21 @@ class Checkpointer:
         named, _ = _paths(state)
         flat = {path: _stored(leaf) for path, leaf in named}
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        documents = _as_json({"position": position, "meta": meta or {}, "metrics": metrics})
+        documents = as_json({"position": position, "meta": meta or {}, "metrics": metrics})
         self._check_space(flat)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(tree_lib.unflatten(flat)),
             position=ocp.args.JsonSave(documents["position"]),
             meta=ocp.args.JsonSave(documents["meta"]),
-            digest=ocp.args.JsonSave(_seal(digest(flat), documents)),
+            metrics=ocp.args.JsonSave(metrics),
+            digest=ocp.args.JsonSave(seal(digest(flat), documents)),
         )
         try:
             self._manager.wait_until_finished()  # an error of the save before belongs to that one
             self._remove_deleted()
             self._saving = step
-            return self._manager.save(step, args=items, metrics=metrics, force=True)
+            self._ranks[step] = self._rank(metrics)
+            return self._manager.save(step, args=items, force=True)
         except Exception as error:
             raise self._storage_error(step, error) from error
 
@@ -258,7 +239,7 @@ class Checkpointer:
         free = shutil.disk_usage(self._directory).free
         if free < 0.8 * needed:
             raise StorageError(
-                f"{self._directory}: a checkpoint needs about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free; "
+                f"{self._directory}: a checkpoint needs about {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} are left; "
                 "make room, or keep fewer (checkpoint.save_total_limit), then run the same command again."
             )
 
@@ -291,14 +272,14 @@ class Checkpointer:
 
     def best_step(self) -> int | None:
         """The step with the best metric, or None when none has one."""
-        ranked = []
-        for step in self.all_steps():
-            try:
-                ranked.append((self._rank(self._manager.metrics(step)), step))
-            except Exception:  # a damaged metrics file only loses its candidacy here; restore() reports it
-                log.warning("checkpoint %d: its metrics can't be read", step)
-        rank, step = max(ranked, default=(-math.inf, None))
+        rank, step = max(((self._ranks[step], step) for step in self.all_steps()), default=(-math.inf, None))
         return step if rank > -math.inf else None
+
+    def _read_metrics(self, step: int) -> Any:
+        try:
+            return json.loads((self._directory / str(step) / "metrics" / "metadata").read_text())
+        except (OSError, ValueError):  # costs it the rank only; restore() finds it damaged
+            return None
 
     # -- restoring
 
@@ -323,12 +304,12 @@ class Checkpointer:
                 raise StorageError(f"{self._directory}: there is no checkpoint {step}; there are {steps or 'none'}")
             try:
                 return self._read(step, abstract_state)
-            except _Damaged as error:
+            except Damaged as error:
                 raise StorageError(f"{self._directory}/{step} is damaged: {error}; choose another step") from error
         for candidate in reversed(steps):
             try:
                 return self._read(candidate, abstract_state)
-            except _Damaged as error:
+            except Damaged as error:
                 self._put_aside(candidate, str(error))
         aside = self._directory / DAMAGED
         if steps or aside.exists():
@@ -344,14 +325,13 @@ class Checkpointer:
         try:
             # The documents come first: they say whether the state fits before any of it is read.
             documents = self._manager.restore(
-                step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in STATE_ITEMS[1:]})
+                step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in DOCUMENTS})
             )
-            seal = _check_seal(documents["digest"])
+            item = check_seal(documents["digest"])
         except Exception as error:
             raise self._damage(error) from error
-        _check_documents(seal, {"position": documents["position"], "meta": documents["meta"]})
-        self._check_metrics(step, seal)
-        saved = {path: value.split(" ")[0] for path, value in seal["leaves"].items()}
+        check_documents(item, {name: documents[name] for name in DOCUMENTS if name != "digest"})
+        saved = {path: value.split(" ")[0] for path, value in item["leaves"].items()}
         unlike = _differences(saved, {path: signature(leaf) for path, leaf in wanted.items()})
         if unlike:
             more = f"; and {len(unlike) - 5} more" if len(unlike) > 5 else ""
@@ -364,25 +344,18 @@ class Checkpointer:
             flat = tree_lib.flatten(self._manager.restore(step, args=args)["state"])
         except Exception as error:
             raise self._damage(error) from error
-        _check_leaves(seal, flat)
+        check_leaves(item, flat)
         leaves = [_as_asked(leaf, flat[path]) for path, leaf in named]
         return Restored(step, jax.tree.unflatten(structure, leaves), documents["position"], documents["meta"])
 
-    def _check_metrics(self, step: int, seal: dict[str, Any]) -> None:
-        try:
-            metrics = self._manager.metrics(step)
-        except Exception as error:
-            raise self._damage(error) from error
-        _check_documents(seal, {"metrics": metrics})
-
     def _damage(self, error: Exception) -> Exception:
         """What reading raised, told apart: no memory and no permission aren't damage."""
-        if isinstance(error, _Damaged | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        if isinstance(error, Damaged | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             return error
         if isinstance(error, PermissionError):
             return StorageError(f"{self._directory}: {error}")
         lines = str(error).strip().splitlines() or [""]
-        return _Damaged(f"{type(error).__name__}: {lines[0][:200]}")
+        return Damaged(f"{type(error).__name__}: {lines[0][:200]}")
 
     def _put_aside(self, step: int, reason: str) -> None:
         aside = self._directory / DAMAGED
@@ -401,6 +374,7 @@ class Checkpointer:
 
             multihost_utils.sync_global_devices(f"sftjax_aside_{step}")
         self._manager.reload()
+        self._ranks.pop(step, None)
 
 
 def restore_params(
@@ -432,7 +406,7 @@ def restore_params(
     for candidate in [step] if step is not None else steps:
         try:
             return candidate, *_read_branch(root / str(candidate), prefix, abstract)
-        except _Damaged as error:
+        except Damaged as error:
             log.warning("checkpoint %d is damaged: %s", candidate, error)
             reasons.append(f"{candidate}: {error}")
     raise StorageError(f"{directory}: no sound checkpoint ({'; '.join(reasons) or 'none was saved'})")
@@ -440,14 +414,14 @@ def restore_params(
 
 def _read_branch(folder: epath.Path, prefix: str, abstract: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        seal = _check_seal(json.loads((folder / "digest" / "metadata").read_text()))
+        item = check_seal(json.loads((folder / "digest" / "metadata").read_text()))
         meta = json.loads((folder / "meta" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise _Damaged(str(error)) from error
-    _check_documents(seal, {"meta": meta})
-    chosen = {path: value for path, value in seal["leaves"].items() if path.startswith(prefix + "/")}
+        raise Damaged(str(error)) from error
+    check_documents(item, {"meta": meta})
+    chosen = {path: value for path, value in item["leaves"].items() if path.startswith(prefix + "/")}
     if not chosen:
-        raise StorageError(f"{folder}: holds no {prefix!r}; it has {sorted({p.split('/')[0] for p in seal['leaves']})}")
+        raise StorageError(f"{folder}: holds no {prefix!r}; it has {sorted({p.split('/')[0] for p in item['leaves']})}")
     if abstract is None:
         here = SingleDeviceSharding(jax.devices()[0])
         wanted = {path: _from_signature(value.split(" ")[0], here) for path, value in chosen.items()}
@@ -457,34 +431,21 @@ def _read_branch(folder: epath.Path, prefix: str, abstract: Any) -> tuple[dict[s
         unlike = _differences(saved, {path: signature(leaf) for path, leaf in wanted.items()})
         if unlike:
             raise ConfigError(f"{folder} doesn't fit: {'; '.join(unlike[:5])}")
-    item = tree_lib.unflatten(wanted)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    target = tree_lib.unflatten(wanted)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+            args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
             flat = tree_lib.flatten(reader.restore(folder / "state", args=args))
     except Exception as error:
-        raise _Damaged(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from error
-    _check_leaves({"leaves": chosen}, flat)
+        raise Damaged(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from error
+    check_leaves({"leaves": chosen}, flat)
     return tree_lib.unflatten({path.removeprefix(prefix + "/"): leaf for path, leaf in flat.items()}), meta
 
 
 def _from_signature(signature: str, sharding: Sharding) -> jax.ShapeDtypeStruct:
     dtype, shape = signature.rstrip("]").split("[")
     return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), jnp.dtype(dtype), sharding=sharding)
-
-
-def _check_leaves(seal: dict[str, Any], flat: Mapping[str, Any]) -> None:
-    found = digest(flat)
-    wrong = [path for path in seal["leaves"] if found.get(path) != seal["leaves"][path]]
-    if wrong:
-        raise _Damaged(f"the digest of {wrong[0]} differs" + (f", and of {len(wrong) - 1} more" if wrong[1:] else ""))
-
-
-def _check_documents(seal: dict[str, Any], documents: dict[str, Any]) -> None:
-    for name, value in documents.items():
-        if _json_digest(value) != seal["documents"].get(name):
-            raise _Damaged(f"its {name} was altered")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
