@@ -2,7 +2,7 @@
 
 A weight is kept as Hugging Face keeps it, `[out, in]`. The gradient rule is written by hand for three reasons:
 the residual is the weight's *stored form* (autodiff would keep a dequantised copy of NF4 codes), a frozen weight
-costs no weight gradient, and the CPU wants its operands in particular forms (`_cpu_dot`).
+costs no weight gradient, and the CPU wants its operands in particular forms (`kernels/cpu.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from sftjax.kernels import cpu
 
 Array = jax.Array
 
@@ -86,19 +88,46 @@ _stored_linear.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def forward_product(x: Array, weight: Array) -> Array:
-    """`[..., in] x [out, in] -> [..., out]`."""
-    return contract(x, weight, (x.ndim - 1,), (1,)).astype(x.dtype)
+    """`[..., in] x [out, in] -> [..., out]` in `x.dtype`."""
+
+    def plain(x, weight):
+        return contract(x, weight, (x.ndim - 1,), (1,)).astype(x.dtype)
+
+    def on_cpu(x, weight):
+        y = cpu.product(_rows(x), weight, 1, precision_for(x.dtype))
+        return y.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+    return cpu.choose(on_cpu, plain, x, weight)
 
 
 def input_product(dy: Array, weight: Array) -> Array:
-    """`[..., out] x [out, in] -> [..., in]`."""
-    return contract(dy, weight, (dy.ndim - 1,), (0,)).astype(dy.dtype)
+    """`[..., out] x [out, in] -> [..., in]` in `dy.dtype`."""
+
+    def plain(dy, weight):
+        return contract(dy, weight, (dy.ndim - 1,), (0,)).astype(dy.dtype)
+
+    def on_cpu(dy, weight):
+        dx = cpu.product(_rows(dy), weight, 0, precision_for(dy.dtype))
+        return dx.astype(dy.dtype).reshape(*dy.shape[:-1], weight.shape[1])
+
+    return cpu.choose(on_cpu, plain, dy, weight)
 
 
 def weight_product(dy: Array, x: Array, dtype: jnp.dtype) -> Array:
     """`[..., out] x [..., in] -> [out, in]` in `dtype`."""
-    batch = tuple(range(x.ndim - 1))
-    return contract(dy, x, batch, batch).astype(dtype)
+
+    def plain(dy, x):
+        batch = tuple(range(x.ndim - 1))
+        return contract(dy, x, batch, batch).astype(dtype)
+
+    def on_cpu(dy, x):
+        return cpu.product(cpu.row_major(_rows(dy).T), _rows(x), 0, precision_for(x.dtype)).astype(dtype)
+
+    return cpu.choose(on_cpu, plain, dy, x)
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def contract(a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> Array:
