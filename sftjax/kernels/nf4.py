@@ -110,7 +110,7 @@ def _quantise_nf4(weight: Array) -> dict[str, Array]:
     blocks = weight.astype(jnp.float32).reshape(rows, width // BLOCK, BLOCK)
     largest = jnp.max(jnp.abs(blocks), axis=-1)
     # a reciprocal and a product, as bitsandbytes: a division would round some values to the neighbouring code
-    unit = blocks * (1.0 / jnp.maximum(largest, 1e-38))[..., None]
+    unit = blocks * (1.0 / jnp.maximum(largest, jnp.finfo(jnp.float32).tiny))[..., None]
     codes = blockwise.count_below(jnp.clip(unit, -1.0, 1.0), _NF4_EDGES).reshape(rows, width // 2, 2)
     return {"codes": (codes[..., 0] << 4) | codes[..., 1]} | quantise_scales(largest)
 
