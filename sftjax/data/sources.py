@@ -422,7 +422,7 @@ class _InMemory:
 def hash_file(path: str) -> str:
     """Hex digest of a local file's content."""
     with open(path, "rb") as file:
-        return hashlib.filedigest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class JsonList(_InMemory):
