@@ -37,15 +37,14 @@ class Program:
     eval_step: Any  # (trainable, frozen, batch [1, B, L]) -> sums by segment
 
     def init_state(self, variables: dict[str, Any]) -> tuple[steps.TrainState, dict[str, Any]]:
-        """Splits loaded variables into (fresh state, frozen leaves)."""
+        """Splits loaded variables into (fresh state, frozen leaves). The state takes the trainable arrays over."""
         trainable, frozen = tree.partition(variables, self.trainable_regex)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-
-        def make(trainable):
-            zero = jnp.zeros((), jnp.int32)
-            return steps.TrainState(zero, trainable, self.optimizer.init(trainable), zero)
-
-        return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trainable), frozen
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, (self.abstract_state, self.abstract_frozen))
+        state_shardings, frozen_shardings = shardings
+        trainable = jax.device_put(trainable, state_shardings.trainable)
+        opt_state = jax.jit(self.optimizer.init, out_shardings=state_shardings.opt_state)(trainable)
+        step, nonfinite = (jax.device_put(np.int32(0), state_shardings.step) for _ in range(2))
+        return steps.TrainState(step, trainable, opt_state, nonfinite), jax.device_put(frozen, frozen_shardings)
 
     def put(self, batch: dict[str, np.ndarray], rows: Sequence[int], total_rows: int) -> steps.Batch:
         """Host arrays `[A, len(rows), L]` to global device arrays `[A, total_rows, L]`.

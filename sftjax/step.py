@@ -40,7 +40,7 @@ def loss_and_gradients(
 
     Returns:
       (sums, gradients): `sums` has scalars "nll" (weighted), "weight", "trained" and "correct" (tokens with weight
-      above 0), and "moe_loss" (mean over micro-batches; 0 without experts).
+      above 0), and "moe_loss" (weighted, mean over micro-batches; 0 without experts).
     """
     weight = jnp.sum(batch["weights"], dtype=jnp.float32)
     scale = 1.0 / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
@@ -60,7 +60,9 @@ def loss_and_gradients(
         )
         nll, token = decoder.token_loss(config, runtime, variables, hidden, micro["targets"], micro["weights"])
         trained = micro["weights"] > 0
-        moe_loss = aux.get("moe_loss", jnp.zeros((), jnp.float32)) / micro_batches
+        moe_loss = jnp.zeros((), jnp.float32)
+        if config.experts is not None:
+            moe_loss = config.experts.aux_loss_weight * aux["moe_loss"] / micro_batches
         sums = {
             "nll": nll,
             "trained": jnp.sum(trained),
@@ -102,7 +104,7 @@ def train_step(
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step) if runtime.is_stochastic else None
     sums, gradients = loss_and_gradients(state.trainable, frozen, batch, rng, config=config, runtime=runtime)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(sums["nll"]) & jnp.isfinite(grad_norm)
     # A step without a single trained token changes nothing either: weight decay alone isn't training.
     apply = finite & (sums["weight"] > 0)

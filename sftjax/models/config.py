@@ -19,7 +19,7 @@ class RopeScaling:
     """
 
     kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
-    factor: float = 1.0
+    factor: float = 1.0  # longrope: max_position / original_max_position, if the config has none
     original_max_position: int = 0  # 0: the model's max_position
     # llama3
     low_freq_factor: float = 1.0
@@ -109,10 +109,22 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0  # multiplies the logits
     swiglu_limit: float | None = None  # GPT-OSS clamps gate and up
+    # rows of the embedding from here on only pad it (for sharding): they never win the softmax
+    valid_vocab: int | None = None
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The distinct rotary embeddings, in order of appearance; each needs one pair of tables."""
+        return tuple(dict.fromkeys(spec.rope for spec in self.layers if spec.rope is not None))
+
+    @property
+    def experts(self) -> Experts | None:
+        """The experts of the layers that have some (the same in all of them)."""
+        return next((spec.experts for spec in self.layers if spec.experts is not None), None)
 
     def replace(self, **changes: Any) -> ModelConfig:
         return dataclasses.replace(self, **changes)

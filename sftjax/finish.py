@@ -1,0 +1,205 @@
+"""The end of a run: the best checkpoint exported, loaded again and compared; what came of it, in words and in a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sftjax import report, tree
+from sftjax.checkpoint import Checkpointer
+from sftjax.data import pipeline as pipelines
+from sftjax.evaluate import Evaluation, bootstrap_difference
+from sftjax.models import decoder
+from sftjax.peft import merge
+from sftjax.weights import export, hf, peft_format
+
+VERIFY_TOKENS = 512
+MAX_RELATIVE_DIFFERENCE = 1e-5  # reloaded against the same weights in memory, float32; 0 but for the order of sums
+
+
+def finish(job, state, frozen) -> None:
+    """Exports, verifies, writes `summary.json` and `report.html`, and prints what a person wants to know."""
+    config = job.config
+    state, step = chosen_state(job, state)
+    summary: dict[str, Any] = {"steps": int(state.step), "exported_step": step}
+    summary |= compare_held_out(job, step)
+    if config.export.enabled:
+        summary["export"] = job.folder.file("export")
+        summary["verification"] = export_and_verify(job, state, frozen, summary["export"])
+    job.folder.write_json("summary.json", summary)
+    report.write(job.folder.path)
+    if config.export.enabled:
+        with open(os.path.join(summary["export"], "README.md"), "w", encoding="utf-8") as file:
+            file.write(report.model_card(job.folder.path))
+    say(job, summary)
+
+
+def chosen_state(job, state):
+    """The state to export, and its step: the best by held-out loss, or the last."""
+    last = int(state.step)
+    if job.config.export.checkpoint == "last" or job.held_out is None:
+        return state, last
+    with Checkpointer(job.folder.checkpoints, keep=job.config.checkpoint.save_total_limit, metric="eval_loss") as saved:
+        best = saved.best_step()
+        if best is None or best == last:
+            return state, last
+        print(f"step {best} had the lowest held-out loss and is exported (the last is {last})")
+        return saved.restore(job.program.abstract_state, best).state, best
+
+
+def compare_held_out(job, step: int) -> dict[str, Any]:
+    """Held-out loss before and after, with the interval of the difference over conversations."""
+    before, after = (load_evaluation(job.folder.file(f"evaluation-{number}.npz")) for number in (0, step))
+    if before is None or after is None:
+        return {}
+    difference, low, high = bootstrap_difference(before, after)
+    return {
+        "eval_loss_before": before.loss,
+        "eval_loss_after": after.loss,
+        "difference": difference,
+        "difference_95": [low, high],
+        "held_out_examples": len(after.keys),
+        "held_out_trained_tokens": int(after.trained.sum()),
+    }
+
+
+def load_evaluation(path: str) -> Evaluation | None:
+    if not os.path.exists(path):
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        values = {name: file[name] for name in file.files}
+    return Evaluation(**{**values, "source_names": tuple(values["source_names"].tolist())})
+
+
+def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
+    """Writes the export and compares it, loaded again, with the model in memory.
+
+    Returns:
+      The figures of `verification.json`.
+
+    Raises:
+      RuntimeError: what was read back isn't what was trained.
+    """
+    config, opened = job.config, job.opened
+    variables = tree.merge(state.trainable, frozen)
+    adapting = "adapter" in variables
+    dtype = jnp.dtype(config.export.dtype)
+    if adapting and not config.export.merge:
+        peft_format.save_adapter(folder, variables["adapter"], job.spec, opened.config, base_model=config.model.path)
+        opened.tokenizer.save(folder)
+        adapter, _ = peft_format.load_adapter(folder, opened.config)
+        reloaded = {**variables, "adapter": adapter}
+        expected, against = variables, "the base weights in memory with the adapter read back"
+    else:
+        # A merge is computed in float32 and rounded once, to the dtype of the export.
+        params = merge.merge(variables["params"], variables["adapter"], dtype=jnp.float32) if adapting else variables["params"]
+        export.export_model(
+            folder,
+            opened.config,
+            params,
+            dtype=dtype,
+            source=opened.files,
+            tokenizer=opened.tokenizer,
+            stop_ids=opened.tokenizer.stop_ids,
+        )
+        expected = {"params": jax.tree.map(lambda leaf: leaf.astype(dtype), params)}
+        reloaded = {"params": hf.load_params(folder, opened.config, dtype, shardings_of(expected["params"]))}
+        against = f"the weights in memory, rounded to {dtype.name}"
+    figures = compare_logits(job, expected, reloaded)
+    figures["compared_with"] = against
+    figures["rounding"] = compare_logits(job, variables, reloaded)
+    figures["step"] = int(state.step)
+    passed = figures["max_relative_difference"] <= MAX_RELATIVE_DIFFERENCE
+    figures["passed"] = bool(passed)
+    with open(os.path.join(folder, "verification.json"), "w", encoding="utf-8") as file:
+        json.dump(figures, file, indent=2)
+    shutil.copy(os.path.join(folder, "verification.json"), job.folder.file("verification.json"))
+    if not passed:
+        raise RuntimeError(f"{folder}: the exported model differs from the trained one: {figures}")
+    return figures
+
+
+def shardings_of(params):
+    return jax.tree.map(lambda leaf: leaf.sharding, params)
+
+
+def compare_logits(job, expected, reloaded) -> dict[str, Any]:
+    """Logits of two sets of variables on the first tokens of the data, in float32."""
+    tokens = verification_tokens(job)
+    runtime = job.program.runtime.replace(compute_dtype="float32", remat="none")
+
+    @jax.jit
+    def logits(variables):
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        ones = jnp.ones_like(tokens)
+        hidden, _ = decoder.hidden_states(job.program.config, runtime, variables, tokens, positions, ones)
+        return decoder.logits(job.program.config, runtime, variables, hidden)
+
+    first, second = np.asarray(logits(expected)), np.asarray(logits(reloaded))
+    difference = np.abs(first - second)
+    return {
+        "tokens": int(tokens.size),
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "max_relative_difference": float(difference.max() / np.abs(first).max()),
+        "top1_agreement": float(np.mean(first.argmax(-1) == second.argmax(-1))),
+    }
+
+
+def verification_tokens(job) -> np.ndarray:
+    """i32 `[1, VERIFY_TOKENS]`: a row of the training data."""
+    pipeline = pipelines.build(
+        job.mixture, length=VERIFY_TOKENS, batch_size=1, packing_strategy="none", overlong="split", prefetch=0
+    )
+    with pipeline:
+        return next(iter(pipeline)).batch["tokens"][0]
+
+
+def say(job, summary: dict[str, Any]) -> None:
+    """The end of the run, for a person."""
+    print()
+    if "eval_loss_before" in summary:
+        low, high = summary["difference_95"]
+        print(
+            f"held-out response loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after "
+            f"(difference {summary['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, over "
+            f"{summary['held_out_examples']} conversations never trained on)"
+        )
+    say_samples(job)
+    if "export" in summary:
+        figures = summary["verification"]
+        print(
+            f"export:  {summary['export']}  (read back: largest logit difference {figures['max_difference']:.2g}, "
+            f"top-1 agreement {figures['top1_agreement']:.2%})"
+        )
+    print(f"report:  {job.folder.file('report.html')}")
+    if "export" in summary:
+        adapter = "adapter" in tree.merge(job.program.abstract_state.trainable, job.program.abstract_frozen)
+        alone = not adapter or job.config.export.merge
+        model = f"--model {summary['export']}" if alone else f"--model {job.config.model.path} --adapter {summary['export']}"
+        print(f"chat:    python tools/generate.py {model} --interactive")
+
+
+def say_samples(job) -> None:
+    """The fixed prompts, answered before and after."""
+    path = job.folder.file("samples.jsonl")
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_prompt.setdefault(json.dumps(line["messages"]), []).append(line)
+    for answers in by_prompt.values():
+        if len(answers) < 2:
+            continue
+        print(f"  user    {answers[0]['messages'][-1]['content']}")
+        print(f"  before  {answers[0]['answer']}")
+        print(f"  after   {answers[-1]['answer']}")
+        print()

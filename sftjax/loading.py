@@ -1,0 +1,117 @@
+"""From a path to something that runs: configuration, tokenizer, weights, adapter. Used by training and every tool."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sftjax.data import tokenizer as tokenizers
+from sftjax.errors import ConfigError
+from sftjax.models import decoder
+from sftjax.models.config import ModelConfig
+from sftjax.parallel import mesh as meshes
+from sftjax.parallel import partition
+from sftjax.weights import gguf, hf, peft_format
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model whose files were found and understood; no weight has been read.
+
+    Attributes:
+      config: the model's own; `grown` is what it becomes when the tokenizer has more tokens.
+    """
+
+    files: hf.ModelFiles
+    config: ModelConfig
+    tokenizer: tokenizers.Tokenizer
+
+    @property
+    def new_tokens(self) -> int:
+        """By how many rows the embedding has to grow for tokens that a chat template adds."""
+        return max(0, self.tokenizer.vocab_size - self.config.vocab_size) if self.tokenizer.added_tokens else 0
+
+    def fingerprint(self) -> str:
+        """Hex digest of the weights' identity: names, shapes, and a sample of the bytes of each tensor's file."""
+        return hf.fingerprint(self.files)
+
+
+def open_model(path: str, *, chat_template: str = "", end_of_turn: str = "") -> Opened:
+    """Reads configuration and tokenizer.
+
+    Raises:
+      ConfigError: not a model, not understood, or a tokenizer that has ids beyond the embedding.
+    """
+    files = hf.open_model(path)
+    with _tokenizer_folder(files) as folder:
+        tokenizer = tokenizers.load(
+            folder, chat_template=chat_template or None, end_of_turn=end_of_turn or None
+        )
+    if tokenizer.vocab_size > files.config.vocab_size and not tokenizer.added_tokens:
+        raise ConfigError(
+            f"{files.path}: the tokenizer has {tokenizer.vocab_size} ids but the embedding has "
+            f"{files.config.vocab_size} rows; take the tokenizer that belongs to these weights"
+        )
+    return Opened(files, files.config, tokenizer)
+
+
+@contextlib.contextmanager
+def _tokenizer_folder(files: hf.ModelFiles) -> Iterator[str]:
+    if not files.is_gguf:
+        yield files.path
+        return
+    with tempfile.TemporaryDirectory(prefix="sftjax-tokenizer-") as folder:
+        gguf.write_tokenizer_files(files.path, folder)
+        yield folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model ready to run."""
+
+    opened: Opened
+    config: ModelConfig
+    runtime: decoder.Runtime
+    variables: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        return self.opened.tokenizer
+
+
+def load_model(
+    path: str,
+    *,
+    adapter: str | None = None,
+    dtype: str = "float32",
+    chat_template: str = "",
+    mesh: Mesh | None = None,
+) -> Model:
+    """Loads a model for inference: weights and arithmetic in `dtype`.
+
+    Args:
+      path: HF folder, .gguf file or hub id.
+      adapter: PEFT folder.
+      mesh: None: all devices, weights sharded over them.
+    """
+    opened = open_model(path, chat_template=chat_template)
+    mesh = mesh or meshes.make({"data": 1, "fsdp": -1, "tensor": 1, "context": 1, "expert": 1})
+    abstract = {"params": decoder.abstract_params(opened.config, dtype)}
+    shardings = partition.shardings(abstract, mesh)
+    variables = {"params": hf.load_params(opened.files, opened.config, dtype, shardings["params"])}
+    if adapter:
+        leaves, _ = peft_format.load_adapter(adapter, opened.config)
+        variables["adapter"] = jax.device_put(leaves, partition.shardings({"adapter": leaves}, mesh)["adapter"])
+    return Model(opened, opened.config, decoder.Runtime(compute_dtype=dtype, remat="none", mesh=mesh), variables)
+
+
+def digest(*parts: str) -> str:
+    """A short hex digest of several texts, in order."""
+    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:32]

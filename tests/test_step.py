@@ -1,0 +1,200 @@
+"""One step: exact accounting over micro-batches, packing and devices, and nothing applied that isn't finite."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sftjax import optim, program, step, tree
+from sftjax.data import packing
+from sftjax.data.types import Sample
+from sftjax.models import decoder
+from sftjax.models.config import LayerSpec, ModelConfig, Rope
+from sftjax.parallel import mesh as meshes
+from sftjax.peft import lora
+from sftjax.peft.spec import AdapterSpec
+
+CONFIG = ModelConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    layers=(LayerSpec(rope=Rope(10000.0, 16)),) * 2,
+    max_position=512,
+    norm_eps=1e-5,
+    tie_word_embeddings=True,
+)
+RUNTIME = decoder.Runtime(compute_dtype="float32", remat="full")
+LENGTH = 128
+
+
+def samples(count=8, seed=0):
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        size = int(rng.integers(8, 60))
+        weights = (rng.random(size) < 0.6).astype(np.float32) * rng.choice([0.5, 1.0, 2.0])
+        weights[-1] = 1.0
+        made.append(Sample(rng.integers(0, 96, size).astype(np.int32), weights, index=number))
+    return made
+
+
+def batch_of(rows, accumulation):
+    """Rows of samples to `[A, B, L]`: each inner list is one packed row."""
+    arrays = []
+    for row in rows:
+        elements = [packing.to_element(sample)["data"] for sample in row]
+        data = np.concatenate(elements)
+        segments = np.concatenate([np.full(len(e), n, np.int32) for n, e in enumerate(elements, 1)])
+        positions = np.concatenate([np.arange(len(e), dtype=np.int32) for e in elements])
+        arrays.append({"data": data, "data_segment_ids": segments, "data_positions": positions})
+    blank = {key: [] for key in ("tokens", "targets", "weights", "segment_ids", "positions")}
+    for row in arrays:
+        pad = LENGTH - len(row["data"])
+        tail = row["data_segment_ids"].max() + 1
+        blank["tokens"].append(np.pad(row["data"]["token"], (0, pad)))
+        blank["targets"].append(np.pad(row["data"]["target"], (0, pad)))
+        blank["weights"].append(np.pad(row["data"]["weight"], (0, pad)))
+        blank["segment_ids"].append(np.pad(row["data_segment_ids"], (0, pad), constant_values=tail))
+        blank["positions"].append(np.concatenate([row["data_positions"], np.arange(pad, dtype=np.int32)]))
+    return {
+        key: np.stack(value).reshape(accumulation, len(rows) // accumulation, LENGTH) for key, value in blank.items()
+    }
+
+
+@functools.cache
+def params():
+    return {"params": decoder.init_params(jax.random.key(1), CONFIG, jnp.float32)}
+
+
+def gradients(batch):
+    trainable, frozen = tree.partition(params(), "params/.*")
+    run = jax.jit(functools.partial(step.loss_and_gradients, config=CONFIG, runtime=RUNTIME))
+    sums, grads = run(trainable, frozen, batch, None)
+    return float(sums["nll"] / sums["weight"]), tree.flatten(jax.tree.map(np.asarray, grads)), sums
+
+
+def assert_same(first, second, tolerance=1e-6):
+    assert first[0] == pytest.approx(second[0], rel=tolerance)
+    for path, value in first[1].items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(second[1][path], value, rtol=0, atol=tolerance * scale, err_msg=path)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_accumulation_equals_the_big_batch(accumulation):
+    rows = [[sample] for sample in samples()]
+    assert_same(gradients(batch_of(rows, 1)), gradients(batch_of(rows, accumulation)))
+
+
+def test_packed_equals_alone():
+    made = samples()
+    alone = batch_of([[sample] for sample in made], 1)
+    packed = batch_of([made[0:2], made[2:4], made[4:6], made[6:8]], 2)
+    assert_same(gradients(alone), gradients(packed))
+
+
+def test_micro_batches_without_a_trained_token_change_nothing():
+    made = samples(2)
+    silent = Sample(made[0].tokens, np.zeros_like(made[0].weights))
+    full = gradients(batch_of([[made[0]], [made[1]]], 1))
+    with_silent = gradients(batch_of([[made[0]], [made[1]], [silent], [silent]], 2))
+    assert_same(full, with_silent)
+
+
+def build(mesh_shape, spec=None, devices=1, learning_rate=1e-2):
+    spec = spec or AdapterSpec(method="full")
+    mesh = meshes.make(
+        {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1, **mesh_shape}, jax.devices()[:devices]
+    )
+    variables = dict(params())
+    if spec.method != "full":
+        variables["adapter"] = lora.init(jax.random.key(2), variables["params"], spec)
+    optimizer, _ = optim.make_optimizer(
+        learning_rate=learning_rate, total_steps=100, schedule="constant", weight_decay=0.1
+    )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+    built = program.build(
+        CONFIG,
+        RUNTIME.replace(mesh=mesh),
+        mesh,
+        abstract,
+        optimizer,
+        trainable_regex=lora.trainable_regex(spec),
+        max_segments=4,
+        seed=0,
+    )
+    copies = jax.tree.map(jnp.array, variables)
+    return built, *built.init_state(copies)
+
+
+def losses(built, state, frozen, count=4, accumulation=2):
+    made = samples(8)
+    batch = batch_of([[sample] for sample in made], accumulation)
+    rows = 8 // accumulation
+    values = []
+    for _ in range(count):
+        state, figures = built.train_step(state, frozen, built.put(batch, range(rows), rows))
+        values.append(float(figures["nll"] / figures["weight"]))
+    return values, state
+
+
+@pytest.mark.parametrize("spec", [AdapterSpec(method="full"), AdapterSpec(method="lora", rank=4, alpha=8)])
+@pytest.mark.parametrize("mesh_shape", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2, "data": 2}])
+def test_devices_don_t_change_the_curve(mesh_shape, spec):
+    devices = int(np.prod(list(mesh_shape.values())))
+    alone, _ = losses(*build({}, spec))
+    spread, _ = losses(*build(mesh_shape, spec, devices))
+    np.testing.assert_allclose(spread, alone, rtol=1e-5)
+    assert alone[-1] < alone[0] - (0.05 if spec.method == "full" else 1e-3)
+
+
+def test_a_step_that_is_not_finite_is_not_applied():
+    built, state, frozen = build({})
+    before = jax.tree.map(np.asarray, (state.trainable, state.opt_state))
+    batch = batch_of([[sample] for sample in samples(4)], 1)
+    batch["weights"][0, 0, 5] = np.inf
+    state, figures = built.train_step(state, frozen, built.put(batch, range(4), 4))
+    assert not figures["finite"] and int(state.nonfinite) == 1 and int(state.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, before, (state.trainable, state.opt_state))
+    _, after = losses(built, state, frozen, 1)
+    assert int(after.nonfinite) == 0 and int(after.step) == 2
+
+
+def test_learning_rate_zero_changes_no_parameter():
+    built, state, frozen = build({}, learning_rate=0.0)
+    before = jax.tree.map(np.asarray, state.trainable)
+    values, state = losses(built, state, frozen, 3)
+    assert len(set(values)) == 1
+    jax.tree.map(np.testing.assert_array_equal, before, state.trainable)
+
+
+def test_frozen_weights_get_no_gradient_and_the_adapter_is_all_that_is_kept():
+    spec = AdapterSpec(method="lora", rank=4, alpha=8)
+    built, state, frozen = build({}, spec)
+    assert all(path.startswith("adapter/") for path in tree.flatten(state.trainable))
+    before = jax.tree.map(np.asarray, frozen)
+    _, _ = losses(built, state, frozen, 2)
+    jax.tree.map(np.testing.assert_array_equal, before, frozen)
+    count = built.count()
+    # 2 layers x rank 4 x (in + out) of the seven projections
+    per_layer = 4 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 2 * (64 + 96) + (96 + 64))
+    assert count["trainable"] == count["adapter"] == 2 * per_layer
+
+
+def test_eval_sums_stand_by_segment():
+    made = samples(6)
+    built, state, frozen = build({})
+    packed = batch_of([made[0:2], made[2:4], made[4:6], made[0:1]], 1)
+    sums = jax.tree.map(np.asarray, built.eval_step(state.trainable, frozen, built.put(packed, range(4), 4)))
+    for number, sample in enumerate(made):
+        alone = batch_of([[sample]], 1)
+        expected = built.eval_step(state.trainable, frozen, built.put(alone, range(1), 1))
+        row, segment = divmod(number, 2)
+        assert sums["nll"][row, segment] == pytest.approx(float(expected["nll"][0, 0]), rel=1e-5)
+        assert sums["weight"][row, segment] == sample.weights[1:].sum()
+    assert sums["nll"][:, 2:].sum() == 0
