@@ -1,0 +1,192 @@
+"""The tokenizer inside a GGUF file, as the `tokenizer.json` it once was.
+
+GGUF keeps tokens, types, merges or scores, and the *name* of the pre-tokenizer; the rules behind that name are here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from sftjax.errors import ConfigError
+from sftjax.weights import gguf_file
+
+_CONTROL, _USER_DEFINED, _UNKNOWN = 3, 4, 2
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {
+    "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "dbrx": _LLAMA3, "smaug-bpe": _LLAMA3,
+    "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "gpt-4o": _GPT4O, "tekken": _TEKKEN,
+}  # fmt: skip
+_PLAIN = ("default", "gpt-2", "gpt2", "olmo", "phi-2", "mpt", "granite-docling")  # GPT-2's own rule
+_DIGITS = ("smollm", "starcoder", "refact", "command-r", "exaone")  # each digit apart, then GPT-2's rule
+
+
+def tokenizer_data(path: str | os.PathLike) -> dict[str, Any]:
+    """What the file holds.
+
+    Returns:
+      model ("gpt2" byte-level BPE or "llama" SentencePiece BPE), pre, tokens, types, merges, scores, and the
+      ids and flags: bos, eos, unk, pad, eot (each or None), add_bos, add_eos, add_space_prefix, chat_template.
+    """
+    metadata = gguf_file.read(path).metadata
+    get = lambda name, default=None: metadata.get(f"tokenizer.ggml.{name}", default)  # noqa: E731
+    tokens = get("tokens")
+    if not tokens:
+        raise ConfigError(f"{path}: the GGUF file has no tokenizer")
+    spm = get("model") == "llama"
+    return dict(
+        architecture=metadata.get("general.architecture"),
+        model=get("model"),
+        pre=get("pre", "default"),
+        tokens=tokens,
+        types=get("token_type", [1] * len(tokens)),
+        merges=[tuple(merge.split(" ", 1)) for merge in get("merges", [])],
+        scores=get("scores", []),
+        bos=get("bos_token_id"),
+        eos=get("eos_token_id"),
+        unk=get("unknown_token_id"),
+        pad=get("padding_token_id"),
+        eot=get("eot_token_id"),
+        # llama.cpp adds BOS to a SentencePiece vocabulary that doesn't say otherwise
+        add_bos=bool(get("add_bos_token", spm)),
+        add_eos=bool(get("add_eos_token", False)),
+        add_space_prefix=bool(get("add_space_prefix", spm)),
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def write_tokenizer_files(path: str | os.PathLike, directory: str | os.PathLike) -> list[str]:
+    """Writes tokenizer.json, tokenizer_config.json and, if there is one, chat_template.jinja.
+
+    Returns:
+      The names of the files.
+
+    Raises:
+      ConfigError: a kind of tokenizer or pre-tokenizer that isn't known.
+    """
+    data, folder = tokenizer_data(path), Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    build(data, str(path)).save(str(folder / "tokenizer.json"))
+    names = {role: data[key] for role, key in zip(_ROLES, ("bos", "eos", "unk", "pad"), strict=True)}
+    config = {role: data["tokens"][token] for role, token in names.items() if token is not None}
+    config |= {
+        "add_bos_token": data["add_bos"],
+        "add_eos_token": data["add_eos"],
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    written = ["tokenizer.json", "tokenizer_config.json"]
+    if data["chat_template"]:
+        (folder / "chat_template.jinja").write_text(data["chat_template"], "utf-8")
+        written.append("chat_template.jinja")
+    return written
+
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def build(data: dict[str, Any], where: str) -> Tokenizer:
+    """The tokenizer that gives the ids of the original."""
+    if data["model"] == "gpt2":
+        tokenizer = _byte_level(data, where)
+    elif data["model"] == "llama":
+        tokenizer = _sentencepiece(data)
+    else:
+        raise ConfigError(f"{where}: tokenizer.ggml.model {data['model']!r} isn't known, only 'gpt2' and 'llama'")
+    tokens = data["tokens"]
+    added = [
+        AddedToken(tokens[i], special=kind == _CONTROL, normalized=False)
+        for i, kind in enumerate(data["types"])
+        if kind in (_CONTROL, _USER_DEFINED) or i in (data["unk"], data["bos"], data["eos"])
+    ]
+    tokenizer.add_tokens(added)
+    if tokenizer.get_vocab_size() != len(tokens):
+        raise ConfigError(f"{where}: {tokenizer.get_vocab_size()} different tokens of {len(tokens)}; ids would shift")
+    ends = {role: data[role] for role in ("bos", "eos") if data[f"add_{role}"] and data[role] is not None}
+    if ends:
+        tokenizer.post_processor = _with_ends({role: (tokens[i], i) for role, i in ends.items()})
+    return tokenizer
+
+
+def _with_ends(ends: dict[str, tuple[str, int]]) -> processors.TemplateProcessing:
+    first = [f"{ends['bos'][0]}:{{t}}"] if "bos" in ends else []
+    last = [f"{ends['eos'][0]}:{{t}}"] if "eos" in ends else []
+    spell = lambda letter, kind: [piece.format(t=kind) for piece in [*first, f"${letter}:{{t}}", *last]]  # noqa: E731
+    return processors.TemplateProcessing(
+        single=spell("A", 0), pair=spell("A", 0) + spell("B", 1), special_tokens=list(ends.values())
+    )
+
+
+def _byte_level(data: dict[str, Any], where: str) -> Tokenizer:
+    vocab = {token: i for i, token in enumerate(data["tokens"])}
+    # Llama 3 has whole words that no sequence of merges reaches
+    tokenizer = Tokenizer(models.BPE(vocab, data["merges"], ignore_merges=data["pre"] in ("llama-bpe", "llama3")))
+    pre = data["pre"]
+    if pre in _PLAIN:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif pre in _DIGITS:
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    elif pre in _SPLITS:
+        steps = [pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated")]
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    else:
+        known = ", ".join(sorted({*_PLAIN, *_DIGITS, *_SPLITS}))
+        raise ConfigError(f"{where}: the pre-tokenizer {pre!r} isn't known ({known}); use the Hugging Face folder")
+    if "qwen" in pre:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(data: dict[str, Any]) -> Tokenizer:
+    """BPE whose merges follow from the pieces: a piece is made of any two others, the better piece first."""
+    gemma = str(data["architecture"]).startswith("gemma")
+    # Gemma's blanks come as blanks; SentencePiece, and so the merges, spell them "▁"
+    tokens = ["▁" * len(t) if gemma and t and not t.strip(" ") else t for t in data["tokens"]]
+    data["tokens"] = tokens
+    # the order of Gemma's ids is that of its merges, and its scores aren't (user-defined ones all have one score)
+    rank = [-i for i in range(len(tokens))] if gemma else data["scores"]
+    unknown = None if data["unk"] is None else tokens[data["unk"]]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    model = models.BPE(vocab, _merges(vocab, rank), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    steps = [normalizers.Prepend("▁")] if data["add_space_prefix"] else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    if gemma:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    stripped = [decoders.Strip(" ", 1, 0)] if data["add_space_prefix"] else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *stripped]
+    )
+    return tokenizer
+
+
+def _merges(vocab: dict[str, int], rank: list[float]) -> list[tuple[str, str]]:
+    found = []
+    for piece, i in vocab.items():
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        pairs = [(left, right) for left, right in halves if left in vocab and right in vocab]
+        found += [(rank[i], vocab[left], vocab[right], left, right) for left, right in pairs]
+    found.sort(key=lambda merge: (-merge[0], merge[1], merge[2]))
+    return [(left, right) for *_, left, right in found]

@@ -1,0 +1,169 @@
+"""Models in Hugging Face layout (and GGUF files): opened, checked, loaded.
+
+files = open_model("path/to/folder")        # or a .gguf file, or a hub id
+params = load_params(files, files.config, "bfloat16", shardings)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sftjax.errors import ConfigError
+from sftjax.models.config import ModelConfig
+from sftjax.weights import families, gguf, load, mxfp4, rules, safetensors
+from sftjax.weights.files import Folder, is_remote
+
+_HUB_ID = re.compile(r"[\w][\w.\-]*/[\w][\w.\-]*", re.ASCII)
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk, its configuration read and understood; no tensor has been read yet."""
+
+    path: str  # the folder, or the .gguf file
+    config: ModelConfig
+    raw_config: Mapping[str, Any]  # config.json as it was; for GGUF as transformers would write it
+    generation: Mapping[str, Any]  # generation_config.json, or {}
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.endswith(".gguf")
+
+    @property
+    def family(self) -> families.Family:
+        return families.FAMILIES[families.family_of(self.raw_config)]
+
+
+def open_model(path: str | os.PathLike) -> ModelFiles:
+    """Finds a model: an HF folder (local or `gs://`), a `.gguf` file, or a hub id (`owner/name[@revision]`).
+
+    Raises:
+      ConfigError: there is no such model, or its config.json isn't understood.
+      StorageError: it can't be read.
+    """
+    path = resolve(path)
+    if path.endswith(".gguf"):
+        raw = gguf.read_config(path)
+        return ModelFiles(path, families.read_config(raw, path), raw, gguf.read_generation(path))
+    folder = Folder(path)
+    names = folder.names()
+    if "config.json" not in names:
+        hint = "; adapter_config.json is there: give its base model, and this folder as the adapter"
+        hint = hint if "adapter_config.json" in names else ""
+        raise ConfigError(f"{path}: no config.json, so not a model in Hugging Face layout{hint}")
+    raw = _read_json(folder, "config.json")
+    generation = _read_json(folder, "generation_config.json") if "generation_config.json" in names else {}
+    return ModelFiles(path, families.read_config(raw, f"{path}/config.json"), raw, generation)
+
+
+def resolve(path: str | os.PathLike) -> str:
+    """A local path or URL for a path, URL or hub id; downloads the latter where there is a network."""
+    path = os.fspath(path)
+    if is_remote(path) or os.path.isdir(path) or (os.path.isfile(path) and path.endswith(".gguf")):
+        return path
+    if os.path.exists(path):
+        raise ConfigError(f"{path}: neither a folder nor a .gguf file")
+    name, _, revision = path.partition("@")
+    if not _HUB_ID.fullmatch(name):
+        raise ConfigError(f"{path}: no such folder or .gguf file")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES)
+    except Exception as error:  # the hub's errors share no base class; all mean the same here
+        raise ConfigError(
+            f"{path}: no such folder here, and the hub can't provide it ({type(error).__name__}); "
+            f"without a network, copy the model's folder to this machine and give its path"
+        ) from error
+
+
+def _read_json(folder: Folder, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(folder.read_bytes(name, 2**24))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{folder.path}/{name}: not valid JSON ({error})") from error
+
+
+def load_config(path: str | os.PathLike) -> ModelConfig:
+    """The configuration of a model; see `open_model`."""
+    return open_model(path).config
+
+
+class _FolderSource:
+    """Safetensors as a `load.Source`."""
+
+    def __init__(self, folder: Folder):
+        self.where, self._tensors = folder.path, safetensors.open_folder(folder)
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {name: (stored.shape, stored.dtype.name) for name, stored in self._tensors.items()}
+
+    def read(self, name: str, index: tuple[int | slice, ...], out: np.ndarray) -> None:
+        self._tensors[name].read(index, out)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.bytes_read for file in {id(t.file): t.file for t in self._tensors.values()}.values())
+
+
+def open_source(files: ModelFiles) -> tuple[load.Source, list[rules.Tensor]]:
+    """The tensors of a model, checked against its configuration, and the table that reads them.
+
+    Raises:
+      ConfigError: listing every difference between the files and the configuration.
+    """
+    config = files.config
+    if files.is_gguf:
+        source: load.Source = gguf.GgufSource(files.path, config)
+        table = rules.tensors(config)
+    else:
+        source = _FolderSource(Folder(files.path))
+        layout = files.family.layout
+        names = source.shapes()
+        if any(name.endswith("experts.gate_up_proj_blocks") for name in names):
+            source, layout = mxfp4.DequantisedSource(source), "mxfp4"
+        elif layout != "gpt_oss" and any(name.endswith("mlp.experts.gate_up_proj") for name in names):
+            layout = "fused_experts"
+        table = rules.tensors(config, layout)
+    load.check(source, table, tied=config.tie_word_embeddings)
+    return source, table
+
+
+def load_params(
+    model: ModelFiles | str | os.PathLike,
+    config: ModelConfig,
+    dtype: Any,
+    shardings: Mapping[str, Any] | None = None,
+    transform: load.Transform | None = None,
+    transform_shardings: Mapping[str, Any] | None = None,
+) -> Any:
+    """The parameters as device arrays.
+
+    Args:
+      config: the model's own (`open_model(...).config`).
+      dtype: of the parameters, whatever the file holds.
+      shardings: tree of `Sharding` like the parameters; None: the default device.
+      transform, transform_shardings: see `weights.load.load`; with a transform the result is the pair
+        (parameters it kept, what it made).
+
+    Raises:
+      ConfigError: the files don't hold this model; all differences are listed.
+    """
+    files = model if isinstance(model, ModelFiles) else open_model(model)
+    if config != files.config:
+        raise ConfigError(f"{files.path}: its configuration isn't the one to load; load first, then change the model")
+    source, table = open_source(files)
+    shapes = rules.leaf_shapes(config)
+    kept, made = load.load(source, table, shapes, dtype, shardings, transform, transform_shardings)
+    return kept if transform is None else (kept, made)
