@@ -14,6 +14,8 @@ The state is stored as nested dicts by path, so that a part of it (`restore_para
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import math
@@ -306,11 +308,12 @@ class Checkpointer:
                 return self._read(step, abstract_state)
             except Damaged as error:
                 raise StorageError(f"{self._directory}/{step} is damaged: {error}; choose another step") from error
-        for candidate in reversed(steps):
-            try:
-                return self._read(candidate, abstract_state)
-            except Damaged as error:
-                self._put_aside(candidate, str(error))
+        with _quiet():
+            for candidate in reversed(steps):
+                try:
+                    return self._read(candidate, abstract_state)
+                except Damaged as error:
+                    self._put_aside(candidate, str(error))
         aside = self._directory / DAMAGED
         if steps or aside.exists():
             raise StorageError(
@@ -446,6 +449,18 @@ def _read_branch(folder: epath.Path, prefix: str, abstract: Any) -> tuple[dict[s
 def _from_signature(signature: str, sharding: Sharding) -> jax.ShapeDtypeStruct:
     dtype, shape = signature.rstrip("]").split("[")
     return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), jnp.dtype(dtype), sharding=sharding)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps asyncio from printing what TensorStore's other reads came to; the first error is reported by us."""
+    logger = logging.getLogger("asyncio")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        gc.collect()  # it prints when the futures are collected
+        logger.disabled = before
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
