@@ -1,0 +1,158 @@
+"""The house rules that a reader relies on, read off the source: which way imports go, and what is never used."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Imports only go to a later line; names on one line don't import each other. (A package may import within itself.)
+LAYERS = [
+    {"main"},
+    {"train", "plan", "bench", "doctor", "serve", "synth"},
+    {"finish"},
+    {"evaluate", "loading", "samples", "score"},
+    {"generate", "report"},
+    {"program"},
+    {"step"},
+    {"optim", "metrics", "checkpoint", "runs", "stopping", "weights"},
+    {"optim8bit", "digest", "lock"},
+    {"models"},
+    {"peft"},
+    {"kernels"},
+    {"parallel"},
+    {"compat"},
+    {"tree"},
+]
+EVERYBODY = {"errors"}
+WINGS = {"data": set(), "curate": {"data"}}  # each with the wings it may use beside numpy, Grain and the tokenizer
+    "data": set(),
+    "curate": {"data"},
+}  # each with the wings it may use; numpy, Grain and the tokenizer beside them
+USE_WINGS = set().union(*LAYERS[:4])
+USE_CONFIG = {"main", "train", "plan", "bench", "finish", "doctor"}  # below: plain arguments
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+BANNED_MODULES = {
+    "pickle": "runs code from the file it reads",
+    "marshal": "runs code from the file it reads",
+    "shelve": "is pickle",
+    "dill": "is pickle",
+    "cloudpickle": "is pickle",
+    "torch": "is no dependency",
+    "tensorflow": "is no dependency",
+}
+BANNED_CALLS = {"eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Full names of what is imported, at any depth: `from sftjax import tree` is sftjax.tree."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def unit(path: Path) -> str:
+    """The name in LAYERS that a file belongs to: its package, or the module right under sftjax."""
+    return path.relative_to(ROOT / "sftjax").with_suffix("").parts[0]
+
+
+def why_not(importer: str, target: str) -> str | None:
+    """What is wrong with `importer` using `target`; None when it is fine."""
+    if target == importer or target in EVERYBODY:
+        return None
+    if importer in EVERYBODY or importer == "config":
+        return "may import nothing but errors"
+    if importer in WINGS:
+        return None if target in WINGS[importer] else "is a wing of its own"
+    if target in WINGS:
+        return None if importer in USE_WINGS else "is below the layers that see data"
+    if target == "config":
+        return None if importer in USE_CONFIG else "takes plain arguments, not the config"
+    if importer not in RANK or target not in RANK:
+        return f"or {target} has no place in LAYERS yet: give it one"
+    return None if RANK[importer] < RANK[target] else "is not above it"
+
+
+@pytest.mark.parametrize("path", sources("sftjax"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_right(path):
+    if path.parent.name == "sftjax" and path.stem == "__init__":
+        return
+    targets = {name.split(".")[1] for name in imported(parse(path)) if name.startswith("sftjax.")}
+    problems = [
+        f"{unit(path)} imports {target}, but {reason}"
+        for target in sorted(targets)
+        if (reason := why_not(unit(path), target))
+    ]
+    assert not problems, problems
+
+
+def test_the_rule_itself_refuses_what_it_should():
+    assert why_not("models", "kernels") is None
+    assert why_not("kernels", "models") == "is not above it"
+    assert why_not("optim", "metrics") == "is not above it"
+    assert why_not("models", "data") == "is below the layers that see data"
+    assert why_not("data", "tree") == "is a wing of its own"
+    assert why_not("step", "config") == "takes plain arguments, not the config"
+    assert "no place in LAYERS" in why_not("newcomer", "tree")
+
+
+@pytest.mark.parametrize("path", sources("sftjax/data", "sftjax/curate"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_data_wing_knows_no_jax(path):
+    """Worker processes would start a backend of their own, and on an accelerator find it taken."""
+    roots = {name.split(".")[0] for name in imported(parse(path))}
+    assert not roots & {"jax", "jaxlib", "flax", "optax", "orbax"}
+
+
+def test_only_compat_asks_for_the_version_of_jax():
+    asking = [
+        unit(path)
+        for path in sources("sftjax")
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("jax.__version__", "jax.__version_info__")
+    ]
+    assert set(asking) <= {"compat"}
+
+
+@pytest.mark.parametrize("path", sources("sftjax", "tools", "configs"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unsafe_and_nothing_heavy(path):
+    problems = []
+    for name in imported(parse(path)):
+        if reason := BANNED_MODULES.get(name.split(".")[0]):
+            problems.append(f"imports {name}, which {reason}")
+    for node in ast.walk(parse(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        if ast.unparse(node.func) in BANNED_CALLS:
+            problems.append(f"line {node.lineno}: {ast.unparse(node.func)}()")
+        for keyword in node.keywords:
+            if keyword.arg in ("allow_pickle", "shell", "trust_remote_code") and ast.unparse(keyword.value) != "False":
+                problems.append(f"line {node.lineno}: {ast.unparse(keyword)}")
+    assert not problems, problems
+
+
+@pytest.mark.parametrize("path", sources("tools"), ids=lambda path: path.name)
+def test_tools_are_run_as_programs(path):
+    """Each answers --help, ends with an exit code, and can be imported without doing anything."""
+    body = parse(path).body
+    assert isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant), "no docstring"
+    assert isinstance(body[-1], ast.If) and "__main__" in ast.unparse(body[-1].test)
+    assert "exit_with_message" in ast.unparse(body[-1])

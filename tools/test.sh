@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Set-up and tests.
+set -euo pipefail
+# shellcheck source=tools/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+usage() {
+  cat << 'TEXT'
+Usage: bash tools/test.sh [--python 3.12] [--slow | --parity] [pytest's arguments ...]
+
+Makes a virtual environment, installs the project with what its tests need, and runs them. On the CPU, without torch.
+  --python VERSION   that Python instead of the newest that works
+  --slow             the slow tests as well
+  --parity           only the live comparisons with torch, transformers and peft, in an environment of their own
+Other arguments go to pytest:  bash tools/test.sh tests/data -k packing -x
+TEXT
+}
+
+python_wanted="" select="not slow and not parity" parity="" rest=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) usage && exit 0 ;;
+    --python) [ $# -ge 2 ] || fail "--python needs a version, as in --python 3.12"
+      python_wanted=$2 && shift ;;
+    --python=*) python_wanted=${1#*=} ;;
+    --slow) select="not parity" ;;
+    --parity) select="parity" parity=yes ;;
+    *) rest+=("$1") ;;
+  esac
+  shift
+done
+
+if [ -n "$parity" ]; then
+  # The pinned torch has the smallest build for 3.11; where there is no 3.11, any other will do.
+  [ -n "$python_wanted" ] || ! find_python 3.11 || python_wanted=3.11
+  require_python "$python_wanted"
+  install_project ".venv-$PYTHON_VERSION-parity" test parity
+else
+  require_python "$python_wanted"
+  install_project ".venv-$PYTHON_VERSION" test
+fi
+
+cd "$ROOT"
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" HF_HUB_OFFLINE=1
+say "Testing with Python $PYTHON_VERSION, $("$VENV_PYTHON" -c 'import jax; print("jax", jax.__version__)'): $select"
+exec "$VENV_PYTHON" -m pytest -m "$select" ${rest[@]+"${rest[@]}"}
