@@ -7,7 +7,6 @@ completes the ledger while training runs, so that the first step never waits for
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import threading
@@ -236,10 +235,11 @@ class Survey:
         self.order: list[tuple[int, int]] = []
         self.stops = [0] * len(mixture.names)  # samples in which a stop token is trained
         self.double_bos = 0
-        self.sampled: range = range(0)
+        self.sample_rows, self.sampled = 0, range(0)
 
     def choose_places(self, sample_rows: int) -> range:
         """Places of the first epoch to read: all, or every k-th."""
+        self.sample_rows = sample_rows
         self.sampled = range(0, self.rows_in_epoch, max(1, math.ceil(self.rows_in_epoch / sample_rows)))
         return self.sampled
 
@@ -328,13 +328,19 @@ class Survey:
         return steps, round(steps * per_step), real / max(1, slots)
 
     def _lengths_of_the_run(self) -> list[int] | None:
-        """Lengths of everything packed in the run, in order; None where a row of a later epoch hasn't been read."""
+        """Lengths of everything packed in the run, in order; None where that is too much to read or to simulate."""
         total = len(self.mixture)
         if total * max(1, len(self.lengths)) / max(1, len(self.order)) > _SIMULATED_SAMPLES:
             return None
-        rows = (self.mixture.locate(place)[1:] for place in range(total))
-        found = [self.pieces.get(row) for row in rows]
-        return None if any(pieces is None for pieces in found) else list(itertools.chain.from_iterable(found))
+        rows = [self.mixture.locate(place)[1:] for place in range(total)]
+        later = {row: place for place, row in enumerate(rows) if row not in self.pieces}  # not in the first epoch
+        if len(self.order) + len(later) > self.sample_rows:
+            return None
+        apart = Ledger(self.mixture.names)  # the report is of the first epoch
+        for row in encode_rows(self.mixture, list(later.values())):
+            pieces = account(apart, row, self.length, self.overlong, self.mixture.location)
+            self.pieces[row.source, row.row] = [len(piece.tokens) for piece in pieces]
+        return [n for row in rows for n in self.pieces[row]]
 
     def _per_source(self) -> dict[str, dict[str, Any]]:
         found = self.ledger.snapshot()
