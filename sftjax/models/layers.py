@@ -152,7 +152,7 @@ class Attention(nn.Module):
         scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         if cache is not None:
             cache = write_cache(cache, k, v, inputs["positions"], repeat)
-        if cache is not None and not inputs["prefill"]:
+        if inputs["info"] is None:  # decoding: the keys are the cache
             now = {name: jax.lax.dynamic_index_in_dim(part, repeat, keepdims=False) for name, part in cache.items()}
             out = ops.cached_attention(
                 q,

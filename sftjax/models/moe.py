@@ -39,7 +39,9 @@ class MoeMlp(nn.Module):
         weights_NxC, chosen_NxC = route(logits_NxE, experts)
         out_NxD = ExpertMlps(self.config, self.runtime, experts, name="experts")(x_NxD, weights_NxC, chosen_NxC)
         if experts.shared_intermediate_size:
-            shared = layers.Mlp(self.config, self.runtime, experts.shared_intermediate_size, name="shared_expert")(x_BxLxD)
+            shared = layers.Mlp(self.config, self.runtime, experts.shared_intermediate_size, name="shared_expert")(
+                x_BxLxD
+            )
             gate = layers.Linear(1, self.runtime, name="shared_expert_gate")(x_BxLxD)
             out_NxD = out_NxD + (jax.nn.sigmoid(gate) * shared).reshape(out_NxD.shape)
         statistics = router_statistics(logits_NxE, chosen_NxC, real_BxL.reshape(-1))

@@ -64,7 +64,7 @@ def dropout(x: Array, rate: float, rng: Array | None) -> Array:
 def segment_lengths(positions_BxL: Array, segment_ids_BxL: Array) -> Array:
     """For each token, how long its segment is: the segment's largest position + 1. `[B, L]` i32.
 
-        positions    0 1 2 0 1 0        segment_ids  1 1 1 2 2 3        ->  3 3 3 2 2 1
+    positions    0 1 2 0 1 0        segment_ids  1 1 1 2 2 3        ->  3 3 3 2 2 1
     """
     return segment_reduce(jax.ops.segment_max, positions_BxL, segment_ids_BxL) + 1
 
