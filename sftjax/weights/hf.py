@@ -7,6 +7,7 @@ params = load_params(files, files.config, "bfloat16", shardings)
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -167,3 +168,21 @@ def load_params(
     shapes = rules.leaf_shapes(config)
     kept, made = load.load(source, table, shapes, dtype, shardings, transform, transform_shardings)
     return kept if transform is None else (kept, made)
+
+
+def fingerprint(model: ModelFiles | str | os.PathLike) -> str:
+    """Hex digest of which weights these are: configuration, names, shapes, dtypes, and some bytes of each tensor.
+
+    A sample (the first row of each matrix), so it takes no time on a large model; two fine-tunes of one base differ.
+    """
+    files = model if isinstance(model, ModelFiles) else open_model(model)
+    source, table = open_source(files)
+    digest = hashlib.sha256(json.dumps(dict(files.raw_config), sort_keys=True, default=str).encode())
+    shapes = source.shapes()
+    for tensor in sorted(table, key=lambda tensor: tensor.name):
+        digest.update(f"{tensor.name} {shapes[tensor.name]}".encode())
+        first = (0,) * (len(tensor.shape) - 1)
+        out = np.empty(tensor.shape[-1], np.float32)
+        source.read(tensor.name, first, out)
+        digest.update(out.tobytes())
+    return digest.hexdigest()[:32]

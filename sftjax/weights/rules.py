@@ -157,8 +157,10 @@ def _experts(hidden: int, experts: Experts, layout: str) -> Iterator[Tensor]:
         shapes = ((ffn, hidden), (ffn, hidden), (hidden, ffn))
         for expert in range(count):
             for name, role, shape in zip(names, ("gate_proj", "up_proj", "down_proj"), shapes, strict=True):
-                path = f"mlp/experts/{role}/weight"
-                yield _whole(f"{block}.experts.{expert}.{name}.weight", path, (expert,), shape)
+                at, path = f"{block}.experts.{expert}.{name}", f"mlp/experts/{role}"
+                yield _whole(f"{at}.weight", f"{path}/weight", (expert,), shape)
+                if experts.bias:
+                    yield _whole(f"{at}.bias", f"{path}/bias", (expert,), shape[:1])
     if experts.shared_intermediate_size:
         yield from _mlp(
             "mlp.shared_expert", "mlp/shared_expert", hidden, experts.shared_intermediate_size, False, "plain"

@@ -1,0 +1,314 @@
+"""A model out, as `transformers` itself would have saved it: streamed, sharded, and whole or not there at all.
+
+A folder is written beside its final name (`.<name>.partial`), flushed to disk, and renamed; so a reader sees all of
+an export or none. On `gs://` and the like, where nothing can be renamed, config.json is written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import fsspec
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+import sftjax
+from sftjax import tree
+from sftjax.errors import ConfigError, StorageError
+from sftjax.models.config import ModelConfig
+from sftjax.weights import families, rules, safetensors
+from sftjax.weights.files import Folder, copy_converted, is_remote
+from sftjax.weights.gguf_tokenizer import write_tokenizer_files
+from sftjax.weights.hf import ModelFiles
+
+_MARKER = "export.json"  # by it an earlier export of ours is known, and may be replaced
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+class SavesTokenizer(Protocol):
+    def save(self, directory: str) -> Any: ...
+
+
+def export_model(
+    directory: str | os.PathLike,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    dtype: Any,
+    source: ModelFiles | None = None,
+    tokenizer: SavesTokenizer | None = None,
+    stop_ids: Sequence[int] = (),
+    shard_bytes: float = 5e9,
+) -> list[str]:
+    """Writes a model folder: weights, config.json, generation_config.json, tokenizer, README.md.
+
+    With several processes all must call it; each writes its share of the weight files (on a shared file system).
+
+    Args:
+      params: the parameter tree; rows of a padded embedding beyond `config.vocab_size` are left out.
+      dtype: of the tensors; or `{tensor name: dtype}` to keep what a mixed checkpoint had.
+      source: the model it came from: its family and harmless fields are carried on, and its tokenizer where
+        `tokenizer` is None.
+      stop_ids: tokens that end an answer; they go to generation_config.json.
+      shard_bytes: the largest weight file.
+
+    Returns:
+      The names of the files.
+
+    Raises:
+      ConfigError: the folder holds something else, or the configuration can't be expressed.
+      StorageError: it can't be written.
+    """
+    dtypes = {} if not isinstance(dtype, Mapping) else {name: np.dtype(kind) for name, kind in dtype.items()}
+    default = np.dtype(dtype) if not dtypes else max(set(dtypes.values()), key=list(dtypes.values()).count)
+    raw = families.write_config(config, dtype=default.name, like=None if source is None else source.raw_config)
+    raw["transformers_version"] = importlib.metadata.version("transformers")
+    table = rules.tensors(config, families.FAMILIES[raw["model_type"]].layout)
+    leaves = tree.flatten(params)
+    _check_leaves(leaves, config)
+    shards = _shards([(tensor, dtypes.get(tensor.name, default)) for tensor in table], shard_bytes)
+    try:
+        with _target(directory) as target:
+            _write_weights(target, shards, leaves)
+            if jax.process_index() == 0:
+                _write_tokenizer(target, tokenizer, source)
+                _write_json(target, "generation_config.json", _generation(raw, source, stop_ids))
+                _write_text(target, "README.md", _readme(raw, default))
+                marker = {"written_by": "sftjax", "version": sftjax.__version__, "dtype": default.name}
+                _write_json(target, _MARKER, marker)
+                _write_json(target, "config.json", raw)
+    except OSError as error:
+        raise StorageError(f"{directory}: the export can't be written ({error.strerror or error})") from error
+    return Folder(directory).names()
+
+
+def _check_leaves(leaves: Mapping[str, Any], config: ModelConfig) -> None:
+    shapes = rules.leaf_shapes(config)
+    vocab = {"embed_tokens/weight", "lm_head/weight"}
+    problems = [f"{path} is missing" for path in shapes if path not in leaves]
+    problems += [f"{path} is unexpected" for path in leaves if path not in shapes]
+    for path, shape in shapes.items():
+        have = tuple(leaves[path].shape) if path in leaves else shape
+        padded = path in vocab and have[0] >= shape[0] and have[1:] == shape[1:]
+        if have != shape and not padded:
+            problems.append(f"{path} is {list(have)}, not {list(shape)}")
+    if problems:
+        raise ConfigError(f"the parameters don't fit the model's configuration: {'; '.join(problems)}")
+
+
+# -------------------------------------------------------------------------------------------------------- weights
+
+
+def _shards(tensors: list[tuple[rules.Tensor, np.dtype]], limit: float) -> list[tuple[str, list]]:
+    """Tensors in order, dealt to files of at most `limit` bytes (a larger tensor has a file of its own)."""
+    groups: list[list] = [[]]
+    used = 0
+    for tensor, dtype in tensors:
+        size = math.prod(tensor.shape) * dtype.itemsize
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append((tensor, dtype))
+        used += size
+    if len(groups) == 1:
+        return [("model.safetensors", groups[0])]
+    count = len(groups)
+    return [(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, 1)]
+
+
+def _write_weights(target: _Target, shards: list[tuple[str, list]], leaves: Mapping[str, Any]) -> None:
+    total_bytes, total_values, weight_map = 0, 0, {}
+    for number, (file_name, tensors) in enumerate(shards):
+        mine = number % jax.process_count() == jax.process_index()
+        with target.open(file_name) if mine else contextlib.nullcontext() as out:
+            if mine:
+                entries = [(tensor.name, dtype, tensor.shape) for tensor, dtype in tensors]
+                out.write(safetensors.header_bytes(entries, {"format": "pt"}))
+            for tensor, dtype in tensors:
+                array = _assemble(tensor, dtype, leaves)  # every process takes part: shards come from all
+                if mine:
+                    safetensors.write_array(out, array)
+                total_values += math.prod(tensor.shape)
+                total_bytes += array.nbytes
+                weight_map[tensor.name] = file_name
+    if len(shards) > 1 and jax.process_index() == 0:
+        metadata = {"total_parameters": total_values, "total_size": total_bytes}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(target, "model.safetensors.index.json", index)
+
+
+def _assemble(tensor: rules.Tensor, dtype: np.dtype, leaves: Mapping[str, Any]) -> np.ndarray:
+    """One tensor as it is stored, from its parts."""
+    if len(tensor.parts) == 1 and not tensor.parts[0].select and not tensor.parts[0].transpose:
+        value = _fetch(leaves[tensor.parts[0].path], tensor.parts[0])
+        return value if value.dtype == dtype else value.astype(dtype)
+    out = np.empty(tensor.shape, dtype)
+    for part in tensor.parts:
+        value = _fetch(leaves[part.path], part)
+        # `out[ints and slices]` is a view, so this writes into the tensor
+        copy_converted(value.T if part.transpose else value, out[part.select] if part.select else out)
+    return out
+
+
+def _fetch(leaf: Any, part: rules.Part) -> np.ndarray:
+    """One layer's (and expert's) slice on the host."""
+    if isinstance(leaf, np.ndarray) or _one_cpu_device(leaf):
+        value = np.asarray(leaf)[part.index]  # a view: nothing is copied
+    else:
+        piece = _take(leaf, part.index)
+        local = piece.is_fully_addressable
+        value = np.asarray(piece if local else multihost_utils.process_allgather(piece, tiled=True))
+    return value[tuple(slice(0, size) for size in part.shape)]
+
+
+def _one_cpu_device(leaf: jax.Array) -> bool:
+    return [device.platform for device in leaf.sharding.device_set] == ["cpu"] and leaf.is_fully_addressable
+
+
+def _take(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
+    return _taker(len(index))(leaf, *index)
+
+
+@functools.cache
+def _taker(count: int):
+    def take(leaf, *index):
+        for at in index:
+            leaf = jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False)
+        return leaf
+
+    return jax.jit(take)
+
+
+# ----------------------------------------------------------------------------------------------------- other files
+
+
+def _generation(raw: Mapping[str, Any], source: ModelFiles | None, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """The model's own settings, with the stop tokens that answers end on."""
+    out = {} if source is None else {key: value for key, value in source.generation.items() if key[0] != "_"}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if raw.get(name) is not None:
+            out.setdefault(name, raw[name])
+    if stop_ids:
+        had = out.get("eos_token_id", [])
+        stops = list(dict.fromkeys([*(int(i) for i in stop_ids), *(had if isinstance(had, list) else [had])]))
+        out["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    out["transformers_version"] = raw["transformers_version"]
+    return dict(sorted(out.items()))
+
+
+def _readme(raw: Mapping[str, Any], dtype: np.dtype) -> str:
+    return (
+        "---\nlibrary_name: transformers\n---\n\n"
+        f"A `{raw['model_type']}` model in {dtype.name}, exported by sftjax {sftjax.__version__}.\n"
+    )
+
+
+def _write_tokenizer(target: _Target, tokenizer: SavesTokenizer | None, source: ModelFiles | None) -> None:
+    with tempfile.TemporaryDirectory(prefix="sftjax-export-") as folder:
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        elif source is not None and source.is_gguf:
+            write_tokenizer_files(source.path, folder)
+        elif source is not None:
+            origin = Folder(source.path)
+            for name in set(origin.names()) & set(_TOKENIZER_FILES):
+                Path(folder, name).write_bytes(origin.read_bytes(name))
+        for name in sorted(os.listdir(folder)):
+            with target.open(name) as out:
+                out.write(Path(folder, name).read_bytes())
+
+
+def _write_json(target: _Target, name: str, value: Mapping[str, Any]) -> None:
+    _write_text(target, name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_text(target: _Target, name: str, text: str) -> None:
+    with target.open(name) as out:
+        out.write(text.encode())
+
+
+# ---------------------------------------------------------------------------------------------------- where it goes
+
+
+class _Target:
+    """A folder being written."""
+
+    def __init__(self, path: str, filesystem: fsspec.AbstractFileSystem | None):
+        self.path, self._fs = path, filesystem
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        if self._fs is not None:
+            with self._fs.open(f"{self.path}/{name}", "wb") as file:
+                yield file
+            return
+        with open(os.path.join(self.path, name), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _target(directory: str | os.PathLike) -> Iterator[_Target]:
+    """The folder to write to; at the end it takes its final name."""
+    if is_remote(directory):
+        filesystem, path = fsspec.core.url_to_fs(str(directory))
+        filesystem.makedirs(path, exist_ok=True)
+        yield _Target(path.rstrip("/"), filesystem)
+        _barrier("export written")
+        return
+    final = Path(os.path.abspath(directory))
+    check_replaceable(final)
+    partial = final.with_name(f".{final.name}.partial")
+    if jax.process_index() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _barrier("export started")
+    yield _Target(str(partial), None)
+    _barrier("export written")
+    if jax.process_index() == 0:
+        _sync(partial)
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        _sync(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    _barrier("export finished")
+
+
+def check_replaceable(directory: str | os.PathLike) -> None:
+    """Raises `ConfigError` if something other than an earlier export is in the way."""
+    path = Path(directory)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ConfigError(f"{path}: in the way of the export, and not a folder")
+    if path.is_dir() and any(path.iterdir()) and not (path / _MARKER).is_file():
+        raise ConfigError(f"{path}: not empty, and not an earlier export; choose another folder or empty this one")
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"sftjax {name}")
