@@ -30,9 +30,6 @@ LAYERS = [
 ]
 EVERYBODY = {"errors"}
 WINGS = {"data": set(), "curate": {"data"}}  # each with the wings it may use beside numpy, Grain and the tokenizer
-    "data": set(),
-    "curate": {"data"},
-}  # each with the wings it may use; numpy, Grain and the tokenizer beside them
 USE_WINGS = set().union(*LAYERS[:4])
 USE_CONFIG = {"main", "train", "plan", "bench", "finish", "doctor"}  # below: plain arguments
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
