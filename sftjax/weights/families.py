@@ -207,8 +207,14 @@ def _read_granite(fields: Fields) -> ModelConfig:
     )
 
 
+def _without_usual_head_dim(out: dict[str, Any]) -> dict[str, Any]:
+    """For families whose configuration has no head_dim of its own."""
+    usual = out["head_dim"] * out["num_attention_heads"] == out["hidden_size"]
+    return {name: value for name, value in out.items() if not (usual and name == "head_dim")}
+
+
 def _write_granite(config: ModelConfig) -> dict[str, Any]:
-    return _write_llama(config) | {
+    return _without_usual_head_dim(_write_llama(config)) | {
         "attention_multiplier": config.attention_scale,
         "embedding_multiplier": config.embedding_scale,
         "residual_multiplier": config.residual_scale,
@@ -234,7 +240,7 @@ def _read_smollm3(fields: Fields) -> ModelConfig:
 
 
 def _write_smollm3(config: ModelConfig) -> dict[str, Any]:
-    return _write_llama(config) | {
+    return _without_usual_head_dim(_write_llama(config)) | {
         "no_rope_layers": [int(layer.rope is not None) for layer in config.layers],
         "layer_types": _write_layer_types(config),
         "use_sliding_window": _window(config) is not None,

@@ -170,6 +170,17 @@ def load_params(
     return kept if transform is None else (kept, made)
 
 
+def stored_dtypes(files: ModelFiles) -> str | dict[str, str]:
+    """The dtype of the files' tensors: one name if all are alike, else `{tensor: dtype}`; bfloat16 for GGUF."""
+    if files.is_gguf:
+        return "bfloat16"
+    source, table = open_source(files)
+    shapes = source.shapes()
+    dtypes = {tensor.name: shapes[tensor.name][1] for tensor in table}
+    kinds = set(dtypes.values())
+    return kinds.pop() if len(kinds) == 1 else dtypes
+
+
 def fingerprint(model: ModelFiles | str | os.PathLike) -> str:
     """Hex digest of which weights these are: configuration, names, shapes, dtypes, and some bytes of each tensor.
 

@@ -1,0 +1,105 @@
+"""A model, or what a run has trained, as a Hugging Face folder (`tools/convert.py`)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sftjax import checkpoint, loading, tree
+from sftjax import config as config_lib
+from sftjax.errors import ConfigError
+from sftjax.peft import lora, merge
+from sftjax.weights import export, hf, peft_format, vocab
+
+
+def convert(source: str, target: str, *, adapter: str | None = None, dtype: str | None = None) -> list[str]:
+    """Writes `target`, a folder that `transformers` loads.
+
+    Args:
+      source: HF folder, .gguf file, hub id, run folder, or `RUN/checkpoints/STEP`.
+      adapter: PEFT folder to merge (in float32).
+      dtype: of the tensors; None: as the source has them (bfloat16 for GGUF; what the run's config says).
+
+    Returns:
+      The names of the files written.
+    """
+    run = _run_of(source)
+    if run is not None:
+        return _convert_run(*run, target, adapter, dtype)
+    files = hf.open_model(source)
+    dtypes = hf.stored_dtypes(files) if dtype is None else dtype
+    widest = "float32" if adapter or isinstance(dtypes, Mapping) else dtypes
+    params = hf.load_params(files, files.config, widest)
+    if adapter:
+        params = _merged(params, adapter, files)
+    return export.export_model(target, files.config, params, dtype=dtypes, source=files)
+
+
+def _merged(params: Any, adapter: str, files: hf.ModelFiles) -> Any:
+    leaves, _ = peft_format.load_adapter(adapter, files.config)
+    return merge.merge(params, leaves, dtype=jnp.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def _run_of(source: str) -> tuple[Path, int | None] | None:
+    """(run folder, step or None for the newest) where `source` is a run or one of its checkpoints."""
+    path = Path(source)
+    if path.parent.name == "checkpoints" and re.fullmatch(r"\d+", path.name):
+        return path.parent.parent, int(path.name)
+    if path.is_dir() and (path / "checkpoints").is_dir() and (path / "config.json").is_file():
+        return path, None
+    return None
+
+
+def _convert_run(run: Path, step: int | None, target: str, adapter: str | None, dtype: str | None) -> list[str]:
+    if adapter:
+        raise ConfigError("--adapter goes with a model; a run's own adapter is merged without being named")
+    settings = run / "config.json"
+    if not settings.is_file():
+        raise ConfigError(f"{run}: no config.json, so not a run folder")
+    config = config_lib.from_json(settings.read_text("utf-8"))
+    opened = loading.open_model(
+        config.model.path, chat_template=config.model.chat_template, end_of_turn=config.model.end_of_turn
+    )
+    _, trained, _ = checkpoint.restore_params(os.path.join(run, "checkpoints"), step=step)
+    model, params = _trained_params(config, opened, trained)
+    return export.export_model(
+        target,
+        model,
+        params,
+        dtype=dtype or config.export.dtype,
+        source=opened.files,
+        tokenizer=opened.tokenizer,
+        stop_ids=opened.tokenizer.stop_ids,
+    )
+
+
+def _trained_params(config: Any, opened: loading.Opened, trained: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(model configuration, parameters): the base with what was trained in its place, an adapter merged."""
+    from sftjax import train
+
+    base = hf.load_params(opened.files, opened.config, "float32")
+    model = opened.config
+    rows = tree.flatten(trained).get("params/embed_tokens/weight")
+    if rows is not None and rows.shape[0] > model.vocab_size:
+        base, model = vocab.resize_vocab(base, model, rows.shape[0])
+    variables = {"params": base}
+    if "adapter" in trained:
+        spec = train.adapter_spec(config)
+        if config.peft.adapter_path:
+            variables["adapter"], _ = peft_format.load_adapter(config.peft.adapter_path, model)
+        else:  # the constants beside what is trained
+            variables["adapter"] = lora.init(jax.random.key(config.seed), base, spec)
+    flat = tree.flatten(variables) | tree.flatten(trained)
+    variables = tree.unflatten(flat)
+    if "adapter" not in variables:
+        return model, variables["params"]
+    return model, merge.merge(variables["params"], variables["adapter"], dtype=jnp.float32)

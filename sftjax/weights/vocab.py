@@ -1,0 +1,52 @@
+"""Growing the vocabulary: rows of the embedding (and of the head) for tokens that a chat template adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sftjax import tree
+from sftjax.errors import ConfigError
+from sftjax.models.config import ModelConfig
+
+VOCAB_LEAVES = ("embed_tokens/weight", "lm_head/weight")
+
+
+def padded_size(size: int, multiple: int) -> int:
+    """The next multiple, so that rows divide evenly over devices."""
+    return -(-size // multiple) * multiple
+
+
+def resize_vocab(
+    params: Mapping[str, Any], config: ModelConfig, new_size: int, pad_multiple: int = 1
+) -> tuple[dict[str, Any], ModelConfig]:
+    """More tokens: new rows are the mean of the old ones, in float32, so that no new token stands out.
+
+        [V, D] -> [padded_size(new_size, pad_multiple), D]; rows from `new_size` on are padding, and zero
+
+    Tied heads stay tied (there is one leaf). `config.vocab_size` of the result counts real tokens only: the loss and
+    the samplers leave padded rows out of the softmax by it, and an export doesn't write them.
+
+    Raises:
+      ConfigError: the vocabulary would shrink.
+    """
+    old = config.vocab_size
+    if new_size < old:
+        raise ConfigError(f"the vocabulary can't shrink from {old} to {new_size}")
+    rows = padded_size(new_size, pad_multiple)
+    flat = dict(tree.flatten(params))
+    for path in VOCAB_LEAVES:
+        if path in flat:
+            flat[path] = _grow(flat[path], old, new_size, rows)
+    return tree.unflatten(flat), config.replace(vocab_size=new_size)
+
+
+def _grow(weight: jax.Array, old: int, new: int, rows: int) -> jax.Array:
+    weight = weight[:old]
+    mean = jnp.mean(weight, axis=0, keepdims=True, dtype=jnp.float32).astype(weight.dtype)
+    added = jnp.broadcast_to(mean, (new - old, weight.shape[1]))
+    padding = jnp.zeros((rows - new, weight.shape[1]), weight.dtype)
+    return jnp.concatenate([weight, added, padding])

@@ -1,0 +1,45 @@
+"""Turns a model, or what a run has trained, into a Hugging Face folder.
+
+  python tools/convert.py --from model.gguf --to folder
+  python tools/convert.py --from runs/mine --to folder                        its newest checkpoint
+  python tools/convert.py --from runs/mine/checkpoints/500 --to folder
+  python tools/convert.py --from base --adapter runs/mine/export --to merged
+
+A run's own adapter is merged. The folder appears whole, or not at all.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sftjax.errors import exit_with_message
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        help="Hugging Face folder, .gguf file, hub id, run folder, or RUN/checkpoints/STEP",
+    )
+    parser.add_argument("--to", required=True, help="folder to write; empty, absent, or an earlier export")
+    parser.add_argument("--adapter", help="PEFT adapter folder to merge")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the tensors (default: as in the source; bfloat16 for GGUF)",
+    )
+    args = parser.parse_args()
+
+    from sftjax.convert import convert
+
+    names = convert(args.source, args.to, adapter=args.adapter, dtype=args.dtype)
+    print(f"{args.to}: {', '.join(names)}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
