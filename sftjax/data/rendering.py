@@ -15,6 +15,7 @@ looks ahead, rendering only ever *appends*, so one rendering with marks between 
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -27,13 +28,16 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.visitor import NodeTransformer
 
 MAX_TEMPLATE_CHARS = 256 * 1024  # gpt-oss's, the longest in use, has 17 thousand
 MAX_LOOP_STEPS = 3_000_000  # per rendering
 MAX_SECONDS = 20.0  # per rendering; a backstop, the steps bind first
 MAX_REPEAT = 100_000  # length that an operator or method may blow a text up to
 MARK = "\U0010fffd"  # stands between two messages in a rendering by pieces; a row that contains it takes the other way
-_BUDGET_FILTER = "_sftjax_budget"
+MAX_TEXT = 256 * 2**20  # characters of a rendering, or of a text on the way to it
+_BUDGET_FILTER, _JOIN_FILTER = "_sftjax_budget", "_sftjax_join"
+_CAN_COMPOUND = (nodes.Assign, nodes.AssignBlock, nodes.Macro, nodes.CallBlock, nodes.With)
 
 
 class TemplateError(ValueError):
@@ -70,26 +74,44 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "**", "%"])
 
     def call_binop(self, context, operator, left, right):
+        if operator == "+":
+            _check_sum((left, right))
         if operator == "*" and (size := _sequence_product(left, right)) is not None and size > MAX_REPEAT:
             raise TemplateLimit(f"the template repeats a text to {size:,} characters")
-        if operator == "**" and not (isinstance(right, (int, float)) and abs(right) <= 64):
-            raise TemplateLimit("the template raises to a power above 64")
-        if operator == "*" and any(isinstance(x, int) and x.bit_length() > 4096 for x in (left, right)):
-            raise TemplateLimit("the template multiplies very large numbers")
+        if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() + right.bit_length() if operator == "*" else left.bit_length() * max(right, 0)
+            if bits > 4096:
+                raise TemplateLimit("the template calculates with very large numbers")
         if operator == "%" and isinstance(left, str):
             _check_format(left)
         return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value):
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _check_format(str(value.__self__))
+        return wrapped
 
     def call(__self, __context, __obj, *args, **kwargs):
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, (str, bytes, int)):
             _check_sizes((*args, *kwargs.values()))
-            if isinstance(owner, str):
-                if __obj.__name__ in ("replace", "join", "translate", "expandtabs"):
-                    _check_growth(__obj.__name__, owner, args)
-                elif __obj.__name__ in ("format", "format_map"):
-                    _check_format(owner)
+            if isinstance(owner, str) and __obj.__name__ in ("replace", "join"):
+                _check_growth(__obj.__name__, owner, args)
         return super().call(__context, __obj, *args, **kwargs)
+
+
+def _check_sum(values) -> None:
+    size = sum(len(value) * (1 if isinstance(value, str) else 64) for value in values if hasattr(value, "__len__"))
+    if size > MAX_TEXT:
+        raise TemplateLimit(f"the template builds a text of {size:,} characters")
+
+
+def _join(values) -> str:
+    """What `~` does."""
+    texts = [str(value) for value in values]
+    _check_sum(texts)
+    return "".join(texts)
 
 
 def _sequence_product(left, right) -> int | None:
@@ -115,7 +137,9 @@ def _check_growth(name: str, text: str, args) -> None:
 
 
 def _check_format(text: str) -> None:
-    """A width in a format, such as '%999999999d', allocates it."""
+    """A width in a format, such as '%999999999d', allocates it; '%*d' and '{:{}}' take it from the arguments."""
+    if re.search(r"%[^%a-zA-Z]*\*|\{[^{}]*:[^{}]*\{", text):
+        raise TemplateLimit("the template formats with a width given as an argument")
     digits = 0
     for char in text:
         digits = digits + 1 if char.isdigit() else 0
@@ -148,6 +172,12 @@ class _GenerationTag(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
+class _GuardJoins(NodeTransformer):
+    def visit_Concat(self, node):
+        parts = nodes.List([self.visit(part) for part in node.nodes]).set_lineno(node.lineno)
+        return nodes.Filter(parts, _JOIN_FILTER, [], [], None, None).set_lineno(node.lineno)
+
+
 class _TemplateDict:
     def __call__(self, *args, **kwargs):
         return dict(*args, **kwargs)
@@ -175,6 +205,7 @@ def _environment() -> jinja2.Environment:
         environment.filters[name] = _bounded_filter(environment.filters[name])
     environment.filters["tojson"] = _tojson
     environment.filters[_BUDGET_FILTER] = _spend
+    environment.filters[_JOIN_FILTER] = _join
     del environment.globals["lipsum"]
     environment.globals.update(
         raise_exception=_raise_exception,
@@ -322,8 +353,13 @@ class Renderer:
 
     @staticmethod
     def _build(environment, tree: nodes.Template) -> jinja2.Template:
+        compound = any(True for kind in _CAN_COMPOUND for _ in tree.find_all(kind))
         for loop in tree.find_all(nodes.For):
+            compound |= loop.recursive
             loop.iter = nodes.Filter(loop.iter, _BUDGET_FILTER, [], [], None, None).set_lineno(loop.lineno)
+        tree = _GuardJoins().visit(tree)
+        # Sums are looked at only where they can feed on themselves: it takes as long as the rest of a rendering.
+        environment.intercepted_binops = _Sandbox.intercepted_binops | ({"+"} if compound else set())
         tree.set_environment(environment)
         code = environment.compile(tree)
         return environment.template_class.from_code(environment, code, environment.make_globals(None), None)
@@ -375,7 +411,13 @@ class Renderer:
         variables = {**self.special_tokens, **(kwargs or {})}
         variables.update(messages=messages, tools=tools, documents=None, add_generation_prompt=generation)
         try:
-            return template.render(variables)
+            parts, size = [], 0
+            for part in template.generate(variables):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_TEXT:
+                    raise TemplateLimit(f"the template writes more than {MAX_TEXT:,} characters")
+            return "".join(parts)
         except TemplateError:
             raise
         except jinja2.exceptions.TemplateError as error:

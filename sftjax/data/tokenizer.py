@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import Unigram
 
 from sftjax.data import spm, templates
 from sftjax.data.rendering import Renderer, TemplateError
@@ -168,8 +169,10 @@ class Tokenizer:
 
     @cached_property
     def is_control(self) -> np.ndarray:
-        """bool [vocab_size]: control tokens."""
-        return self._table(self.control_tokens.values())
+        """bool [vocab_size]: control tokens, but for the unknown one, which any character outside the vocabulary gives."""
+        model = self.backend.model
+        unknown = self.hf.unk_token if isinstance(model, Unigram) else getattr(model, "unk_token", None)
+        return self._table(number for name, number in self.control_tokens.items() if name != unknown)
 
     @cached_property
     def is_turn_end(self) -> np.ndarray:

@@ -1,0 +1,194 @@
+"""Tokenizers of every kind a model folder may hold: ids, stop tokens, control tokens as text, files."""
+
+import json
+import pickle
+import random
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+from tiny import CHATML, CORPUS, byte_level, chat, sentencepiece
+
+from sftjax.data import templates
+from sftjax.data import tokenizer as tokenizers
+from sftjax.errors import ConfigError
+
+
+def lines(count: int = 1000) -> list[str]:
+    """Lines of code, CJK, leading and inner blanks, tabs, emoji, bytes that no piece covers."""
+    rng = random.Random(0)
+    found = [line for text in CORPUS for line in text.split("\n")]
+    rng.shuffle(found)
+    found = found[: count - 300]
+    found += [" " * n + "return x" for n in range(60)] + ["x" + " " * n + "= 1" for n in range(40)] + ["", " ", "   "]
+    found += ["\t\tif x:", "你好 世界", "  안녕", "\u3000全角", "😀🏽 ok", "a\u00a0b", "ﬁ½", "=" * 9, "-" * 13]
+    return found + ["".join(rng.choice("  ab\t_./x你好é=") for _ in range(rng.randint(1, 40))) for _ in range(190)]
+
+
+BPE_OPTIONS = [
+    {},
+    {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    {"add_dummy_prefix": False, "allow_whitespace_only_pieces": True},
+    {"byte_fallback": False, "split_digits": True},
+]
+
+
+@pytest.mark.parametrize("options", BPE_OPTIONS)
+def test_sentencepiece_bpe_gives_the_processors_ids(tmp_path, options):
+    folder = sentencepiece(tmp_path, "bpe", **options)
+    processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokenizer = tokenizers.load(folder)
+    for line in [*lines(), "a <s> b </s>", "</s>"]:
+        assert tokenizer.encode_plain(line) == processor.encode(line), repr(line)
+        if options.get("byte_fallback", True):  # the unknown piece is written otherwise
+            assert tokenizer.hf.decode(processor.encode(line)) == processor.decode(processor.encode(line)), repr(line)
+
+
+@pytest.mark.parametrize("options", BPE_OPTIONS)
+def test_sentencepiece_unigram_gives_the_processors_ids_up_to_ties(tmp_path, options):
+    folder = sentencepiece(tmp_path, "unigram", **options)
+    processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokenizer = tokenizers.load(folder)
+    ties = 0
+    for line in [*lines(), "a <s> b </s>"]:
+        ours, theirs = tokenizer.encode_plain(line), processor.encode(line)
+        if ours != theirs:  # the same pieces in another order: equal scores, told apart by float32 rounding alone
+            ties += 1
+            assert sum(map(processor.get_score, ours)) == pytest.approx(sum(map(processor.get_score, theirs)), abs=1e-3)
+    assert ties <= 15
+
+
+def test_text_that_spells_control_tokens_stays_text(tmp_path):
+    """10,000 contents with every control token somewhere: none of its ids comes out, and the text does."""
+    rng = random.Random(1)
+    for folder in (byte_level(tmp_path / "bpe", kind="thinking"), sentencepiece(tmp_path / "spm")):
+        tokenizer = tokenizers.load(folder)
+        names, control = list(tokenizer.control_tokens), set(tokenizer.control_tokens.values())
+        assert len(names) >= 3
+        contents = [
+            "".join(rng.choice([*names, "a", " ", "\n", "你", "<|", "|>", "<s"]) for _ in range(rng.randint(1, 8)))
+            for _ in range(5000)
+        ]
+        hidden = [tokenizer.hide_control_tokens(text) for text in contents]
+        for text, cover, ids in zip(contents, hidden, tokenizer.encode_ids(contents, hidden), strict=True):
+            assert not control & set(ids), text
+            assert folder.name == "spm" or tokenizer.decode(ids) == text
+            assert tokenizer.unhide_control_tokens(cover) == text
+
+
+def test_blanks_and_html_that_a_vocabulary_lists_as_added_are_text(tmp_path):
+    from tokenizers import AddedToken, Tokenizer
+
+    folder = byte_level(tmp_path)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([AddedToken(name, special=False) for name in ("\n\n", "<h1>", "</table>", "<turn>")])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = tokenizers.load(folder)
+    assert set(tokenizer.control_tokens) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<turn>"}
+
+
+def test_missing_pad_and_pad_equal_to_eos_are_fine(tmp_path):
+    none = tokenizers.load(byte_level(tmp_path / "none", pad_token=None))
+    same = tokenizers.load(byte_level(tmp_path / "same", pad_token="<|im_end|>"))
+    assert none.pad_id == same.pad_id == none.eos_id == 2
+    assert none.stop_ids == same.stop_ids == (2,)
+
+
+def test_stop_ids_come_from_template_then_generation_config_then_eos(tmp_path):
+    folder = byte_level(tmp_path, eos_token="<|endoftext|>")
+    assert tokenizers.load(folder).stop_ids == (2, 0)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 99999999]}')
+    tokenizer = tokenizers.load(folder)
+    assert tokenizer.stop_ids == (2, 1, 0)
+    assert tokenizer.generation_config() == {"eos_token_id": [2, 1, 0], "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("name", list(templates.BUILTIN))
+def test_built_in_templates_on_a_base_model_survive_export(tmp_path, name):
+    """Saved and loaded by transformers alone, the folder renders the same bytes and gives the same ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = tokenizers.load(sentencepiece(tmp_path / "base"), chat_template=name)
+    before = 900
+    assert tokenizer.vocab_size == before + len(tokenizer.added_tokens)
+    assert all(tokenizer.hf.convert_tokens_to_ids(token) >= before for token in tokenizer.added_tokens)
+    if name == "six":
+        assert tokenizer.added_tokens == ("<SOT>", "<EOT>", "<SOU>", "<EOU>", "<SOA>", "<EOA>")
+        assert tokenizer.stop_ids[0] == tokenizer.hf.convert_tokens_to_ids("<EOA>")
+    tokenizer.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == tokenizer.template.text
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    messages = chat("Hi", "Hello", "  x = 1\n", "你好", system="Be kind.")
+    text = tokenizer.renderer.render(messages)
+    assert again.apply_chat_template(messages, tokenize=False) == text
+    assert again.apply_chat_template(messages, return_dict=False) == tokenizer.encode(text)
+    loaded = tokenizers.load(tmp_path / "saved")
+    assert loaded.end_of_turn_id == tokenizer.end_of_turn_id and loaded.encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("name", list(templates.BUILTIN))
+def test_end_of_turn_of_any_built_in_template_can_be_chosen(tmp_path, name):
+    tokenizer = tokenizers.load(byte_level(tmp_path, template=None), chat_template=name, end_of_turn="<END>")
+    assert tokenizer.decode([tokenizer.stop_ids[0]]) == "<END>" and "<END>" in tokenizer.added_tokens
+    assert "A<END>" in tokenizer.renderer.render(chat("Q", "A")).replace(" <END>", "<END>")
+
+
+@pytest.mark.parametrize("ending", ["'<|im_end|>'", "eos_token"])
+def test_end_of_turn_of_a_models_own_template_can_be_chosen(tmp_path, ending):
+    folder = byte_level(tmp_path, template=CHATML.replace("'<|im_end|>'", ending))
+    tokenizer = tokenizers.load(folder, end_of_turn="<|endoftext|>")
+    assert tokenizer.stop_ids[0] == 0 and not tokenizer.added_tokens
+    assert tokenizer.renderer.render(chat("Q", "A")).endswith("A<|endoftext|>\n")
+
+
+def test_a_template_file_takes_the_place_of_the_models_own(tmp_path):
+    (tmp_path / "t.jinja").write_text(CHATML.replace("assistant\n", "assistant\nSure: "))
+    tokenizer = tokenizers.load(byte_level(tmp_path / "m"), chat_template=str(tmp_path / "t.jinja"))
+    assert tokenizer.renderer.render(chat("Q"), generation=True).endswith("assistant\nSure: ")
+
+
+def test_fingerprint_follows_what_decides_ids_and_survives_pickling(tmp_path):
+    folder = byte_level(tmp_path)
+    tokenizer = tokenizers.load(folder)
+    assert pickle.loads(pickle.dumps(tokenizer)).fingerprint() == tokenizer.fingerprint()
+    others = [tokenizers.load(folder, chat_template="six"), tokenizers.load(folder, end_of_turn="<|endoftext|>")]
+    others.append(tokenizers.load(byte_level(tmp_path / "x", kind="thinking")))
+    assert len({t.fingerprint() for t in [tokenizer, *others]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "no tokenizer.json, tokenizer.model or vocab.json"),
+        ({"tokenizer.json": "{"}, "tokenizer.json can't be read"),
+        ({"tokenizer.json": json.dumps({"model": 1})}, "tokenizer.json can't be read"),
+        ({"tokenizer.model": "junk"}, "is not a SentencePiece model"),
+        ({"tokenizer.model": ""}, "is not a SentencePiece model"),
+    ],
+)
+def test_damaged_folders_are_named(tmp_path, files, said):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        tokenizers.load(tmp_path)
+
+
+def test_remote_code_is_never_run(tmp_path):
+    folder = byte_level(tmp_path, auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    tokenizers.load(folder)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_unknown_template_lists_the_choices(tmp_path):
+    with pytest.raises(ConfigError, match="chatml, llama2"):
+        tokenizers.load(byte_level(tmp_path), chat_template="chatlm")
+    with pytest.raises(ConfigError, match="no such folder"):
+        tokenizers.load(tmp_path / "nowhere")
+
+
+def test_conversations_without_a_template_or_a_stop_token_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no chat template.*set model.chat_template"):
+        tokenizers.load(byte_level(tmp_path / "a", template=None)).require_template()
+    plain = CHATML.replace("<|im_end|>", "").replace("<|im_start|>", "")
+    with pytest.raises(ConfigError, match=r"ends an answer with no control token"):
+        tokenizers.load(byte_level(tmp_path / "b", template=plain)).require_template()
