@@ -169,7 +169,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        factor = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + 1e-6))
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda u: u * factor, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -70,7 +70,7 @@ def apply(
     delta = matmul(low, low_B.astype(x.dtype)).astype(y_base.dtype)
     if "magnitude" not in adapter:
         return y_base + delta
-    factor = _dora_factor(adapter, base_weight())
+    factor = _dora_factor(adapter, base_weight()).reshape((1,) * (y_base.ndim - 1) + (-1,))
     return (factor * (y_base + delta).astype(jnp.float32)).astype(y_base.dtype)
 
 
@@ -236,7 +236,7 @@ def _principal(weight: Array, target: Target, spec: AdapterSpec) -> tuple[Array,
     def one_layer(inputs):
         matrix, used, scale = inputs  # [(E,) out, in], [R], []
         left, values, right = _svd(matrix.astype(jnp.float32), rank, spec.init)
-        root = jnp.sqrt(values / jnp.where(scale == 0, 1.0, scale)) * used
+        root = jnp.sqrt(values / jnp.where(scale == 0, 1.0, scale)) * jnp.broadcast_to(used, values.shape)
         return root[..., :, None] * right, left * root[..., None, :]
 
     if rank > min(target.shape[-2:]):

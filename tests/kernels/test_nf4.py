@@ -89,7 +89,7 @@ def test_linear_keeps_codes_and_nothing_else(kind):
 
 
 def test_quantising_makes_no_wide_temporary():
-    """Thresholds are compared one level at a time: no [.., 16] array, whose float32 form would be 16 times the weight."""
+    """Thresholds are compared one level at a time: no array of 16 candidates for each weight."""
     weight = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
     memory = jax.jit(nf4.quantise).lower(weight).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 3 * 512 * 1024 * 4

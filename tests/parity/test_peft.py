@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import numpy as np
@@ -17,7 +16,8 @@ import jax.numpy as jnp  # noqa: E402
 import tiny_models as tiny  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
-from sftjax import tree  # noqa: E402
+from sftjax import optim, tree  # noqa: E402
+from sftjax.models import decoder  # noqa: E402
 from sftjax.peft import lora, merge  # noqa: E402
 from sftjax.peft.spec import AdapterSpec  # noqa: E402
 from sftjax.weights import hf, peft_format  # noqa: E402
@@ -56,7 +56,7 @@ def make_peft(model, seed: int = 1, **settings):
         model, peft.LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", lora_dropout=0.0, **settings)
     )
     with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
+        for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return wrapped.eval()
@@ -96,7 +96,7 @@ def test_merged_weights_equal_pefts(folders, family, variant, tmp_path):
 @pytest.mark.parametrize(("family", "variant"), [*CASES, ("phi3", "fused"), ("phi3", "all_linear")])
 def test_folder_survives_a_round_trip_to_the_byte(folders, family, variant, tmp_path):
     settings = VARIANTS.get(variant, dict(target_modules=["qkv_proj", "down_proj"]))
-    base, adapter_path, wrapped = folders(family, **settings)
+    base, adapter_path, _ = folders(family, **settings)
     files, _ = load_base(base)
     adapter, spec = peft_format.load_adapter(adapter_path, files.config)
     peft_format.save_adapter(tmp_path / "again", adapter, spec, files.config, layout=files.family.layout)
@@ -131,7 +131,7 @@ def same_logits(base, *adapters, tolerance=0.0):
     "settings", [dict(init="pissa"), dict(init="pissa", use_rslora=True), dict(), dict(use_dora=True)]
 )
 def test_own_adapters_load_in_peft(tmp_path, family, settings):
-    """An adapter made and changed here gives peft the logits of our merged weights."""
+    """An adapter made and changed here gives peft our logits, and our merged weights give them too."""
     model = tiny.make(family)
     model.save_pretrained(tmp_path / "base")
     files, params = load_base(tmp_path / "base")
@@ -140,26 +140,166 @@ def test_own_adapters_load_in_peft(tmp_path, family, settings):
     rng = np.random.default_rng(0)
     change = {}
     for path, leaf in tree.flatten(adapter).items():
-        if path.endswith(("lora_A", "lora_B", "magnitude")) and "initial" not in path:
+        if path.endswith(("/lora_A", "/lora_B", "/magnitude")):
             noise = 0.05 * rng.standard_normal(leaf.shape).astype(np.float32)
-            if "layers_0/0/mlp/down_proj" in path and "lora" in path:  # padding stays zero
-                index = (1, slice(2, None)) if path.endswith("A") else (1, slice(None), slice(2, None))
-                noise[index] = 0
+            if path.endswith("mlp/down_proj/lora_A"):  # padding stays zero
+                noise[1, 2:] = 0
+            if path.endswith("mlp/down_proj/lora_B"):
+                noise[1, :, 2:] = 0
             leaf = leaf + noise
         change[path] = leaf
     adapter = tree.unflatten(change)
     peft_format.save_adapter(tmp_path / "adapter", adapter, spec, files.config, layout=files.family.layout)
-    from sftjax.weights import export
-
-    merged = merge.merge(params, adapter)
-    export.export_model(tmp_path / "merged", files.config, merged, dtype=jnp.float32, source=files)
-    from transformers import AutoModelForCausalLM
-
-    tokens = torch.arange(1, 49).reshape(2, 24)
+    wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(tokens).logits
-        wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter").eval()
-        np.testing.assert_allclose(wrapped(tokens).logits.numpy(), expected.numpy(), rtol=2e-5, atol=2e-5)
+        expected = wrapped(TOKENS).logits.numpy()
+    close(our_logits(files.config, {"params": params, "adapter": adapter}), expected)
+    close(our_logits(files.config, {"params": merge.merge(params, adapter)}), expected)
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_logits_and_gradients_equal_pefts(folders, family, variant):
+    base, adapter_path, wrapped = folders(family, **VARIANTS[variant])
+    files, params = load_base(base)
+    adapter, spec = peft_format.load_adapter(adapter_path, files.config)
+    output = wrapped(TOKENS, labels=TOKENS)
+    output.loss.backward()
+    adapter = jax.tree.map(jnp.asarray, adapter)
+    close(our_logits(files.config, {"params": params, "adapter": adapter}), output.logits.detach().numpy())
+
+    trainable, frozen = tree.partition({"params": params, "adapter": adapter}, lora.trainable_regex(spec))
+    gradients = jax.grad(lambda t: our_loss(files.config, tree.merge(t, frozen)))(trainable)
+    # peft's gradients, brought into our tree by the loader itself
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    wrapped.save_pretrained(adapter_path.with_name("gradients"))
+    expected, _ = peft_format.load_adapter(adapter_path.with_name("gradients"), files.config)
+    flat = tree.flatten(expected)
+    for path, leaf in tree.flatten(gradients["adapter"]).items():
+        close(leaf, flat[path], path)
+
+
+def close(got, want, message=""):
+    """Within 2e-5, relative to the largest number of the array."""
+    want = np.asarray(want)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * max(np.abs(want).max(), 1e-6), err_msg=message)
+
+
+RUNTIME = decoder.Runtime(compute_dtype="float32", remat="none")
+TOKENS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def our_inputs():
+    tokens = jnp.asarray(TOKENS.numpy(), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return tokens, positions, jnp.ones_like(tokens)
+
+
+def our_logits(config, variables):
+    hidden, _ = decoder.hidden_states(config, RUNTIME, variables, *our_inputs())
+    return decoder.logits(config, RUNTIME, variables, hidden)
+
+
+def our_loss(config, variables):
+    """The mean over all but the first token of each row, as transformers'."""
+    tokens, _, _ = our_inputs()
+    hidden, _ = decoder.hidden_states(config, RUNTIME, variables, *our_inputs())
+    weights = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0)
+    total, _ = decoder.token_loss(config, RUNTIME, variables, hidden, jnp.roll(tokens, -1, axis=1), weights)
+    return total / weights.sum()
+
+
+TRAINING = {
+    "lora": (dict(), {}),
+    "rslora": (dict(use_rslora=True), {}),
+    "dora": (dict(use_dora=True), {}),
+    "loraplus": (dict(), dict(loraplus_lr_ratio=16.0)),
+    "pissa": (dict(init="pissa"), {}),
+    "saved": (dict(modules_to_save=("lm_head",)), {}),
+}
+
+
+@pytest.mark.parametrize("variant", TRAINING)
+def test_five_steps_follow_peft_and_torch(tmp_path, variant):
+    """The loss curve of peft + torch's AdamW with warm-up, cosine, decay and clipping, to 1e-4."""
+    settings, optimizer_settings = TRAINING[variant]
+    model = tiny.make("llama")
+    model.save_pretrained(tmp_path / "base")
+    files, params = load_base(tmp_path / "base")
+    spec = AdapterSpec(rank=4, alpha=8, **settings)
+    adapter = lora.init(jax.random.key(0), params, spec)
+    # peft starts from our A and B. PiSSA there changes the base; its own start must be ours up to signs.
+    lora_settings = dict(use_rslora=spec.use_rslora, use_dora=spec.use_dora)
+    if spec.pissa:
+        lora_settings["init_lora_weights"] = "pissa"
+    lora_settings["modules_to_save"] = list(spec.modules_to_save) or None
+    wrapped = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+            **lora_settings,
+        ),
+    ).train()
+    if not spec.pissa:
+        start = {name: torch.tensor(leaf) for name, leaf in peft_tensors(tmp_path, adapter, spec, files.config).items()}
+        peft.set_peft_model_state_dict(wrapped, start)
+    expected = torch_losses(wrapped, **optimizer_settings)
+    got = our_losses(files.config, params, adapter, spec, **optimizer_settings)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    assert expected[0] - expected[-1] > 0.01
+
+
+def peft_tensors(folder, adapter, spec, config):
+    peft_format.save_adapter(folder / "start", adapter, spec, config)
+    return load_file(folder / "start" / "adapter_model.safetensors")
+
+
+def torch_losses(wrapped, loraplus_lr_ratio=1.0, steps=6):
+    from transformers import get_cosine_schedule_with_warmup
+
+    groups = {True: [], False: []}
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            groups["lora_B" in name].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [dict(params=groups[True], lr=5e-3 * loraplus_lr_ratio), dict(params=groups[False], lr=5e-3)], weight_decay=0.1
+    )
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 1, steps)
+    losses = []
+    for _ in range(steps):
+        loss = wrapped(TOKENS, labels=TOKENS).loss
+        losses.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in wrapped.parameters() if p.requires_grad], 0.5)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def our_losses(config, params, adapter, spec, steps=6, **settings):
+    optimizer, _ = optim.make_optimizer(
+        learning_rate=5e-3, total_steps=steps, warmup_steps=1, weight_decay=0.1, max_grad_norm=0.5, **settings
+    )
+    trainable, frozen = tree.partition({"params": params, "adapter": adapter}, lora.trainable_regex(spec))
+    state = optimizer.init(trainable)
+
+    @jax.jit
+    def step(trainable, state):
+        loss, gradients = jax.value_and_grad(lambda t: our_loss(config, tree.merge(t, frozen)))(trainable)
+        updates, state = optimizer.update(gradients, state, trainable)
+        return optim.apply_updates(trainable, updates), state, loss
+
+    losses = []
+    for _ in range(steps):
+        trainable, state, loss = step(trainable, state)
+        losses.append(float(loss))
+    return losses
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -168,8 +308,8 @@ def test_embedding_trained_in_full(folders, family):
     settings = dict(modules_to_save=["embed_tokens"])
     if family == "qwen2":
         settings["ensure_weight_tying"] = True
-    base, adapter_path, wrapped = folders(family, **settings)
-    files, params = load_base(base)
+    base, adapter_path, _ = folders(family, **settings)
+    files, _ = load_base(base)
     adapter, spec = peft_format.load_adapter(adapter_path, files.config)
     again = adapter_path.with_name("again")
     peft_format.save_adapter(again, adapter, spec, files.config)
