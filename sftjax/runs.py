@@ -24,7 +24,7 @@ import jax
 from sftjax.errors import ConfigError, StorageError
 from sftjax.lock import FolderLock
 
-LINE_FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
+LINE_FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "nonfinite.jsonl")
 PACKAGES = (
     "sftjax",
     "jax",
@@ -224,7 +224,7 @@ RESUME_RULES = (
     (r"model\.(attention|remat|scan_unroll|path)", "free"),  # the weights are known by their fingerprint
     (r"train\.(logging_steps|max_nonfinite_steps)", "free"),
     (r"model\.(chat_template|end_of_turn)|fingerprint\.template", "template"),
-    (r"peft\.lora_dropout", "train"),
+    (r"peft\.(lora_dropout|loraplus_lr_ratio)", "train"),
     (r"peft\..*", "!the saved adapter has another form"),
     (r"train\.(trainable|optim)", "!the saved optimizer state belongs to other parameters"),
     (r"model\.(params_dtype|pad_vocab_to_multiple_of)", "!the saved parameters have another form"),
