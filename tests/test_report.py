@@ -105,7 +105,7 @@ def make_run(folder, steps=120):
             "coverage": 0.9994, "proposed_length": 512, "packing_efficiency": 0.9961, "steps": steps,
             "tokens_to_come": 979_200,
             "per_source": {"chitchat": {"rows": 4000, "tokens": 700_000, "trained_share": 0.51},
-                           "<b>other</b>": {"rows": 1321, "tokens": 279_200, "trained_share": 0.48}},
+                           "<b>other": {"rows": 1321, "tokens": 279_200, "trained_share": 0.48}},
             "warnings": ["14 rows have no answer to train on; see the row numbers below"], "problems": [],
         },
     )  # fmt: skip
@@ -209,7 +209,7 @@ def test_report_shows_every_part_and_needs_no_network(tmp_path):
 def test_text_of_the_run_is_never_markup(tmp_path):
     folder = make_run(tmp_path / ATTACK.replace("/", ""))
     text, page = rendered(folder)
-    assert "img" not in page.tags and "<b>other</b>" not in text
+    assert "img" not in page.tags and "<b>other" not in text
     scripts = re.findall(r"<script[^>]*>", text)
     assert scripts.count("<script>") == 1  # ours
     assert "<script>alert(1)</script>" in "".join(page.text)  # as text
