@@ -189,7 +189,7 @@ class RowEncoder:
             behind.append(tokenizer.eos_id)
         first, heads = 0, ()
         if prompt_length:
-            first = masks.first_token(encoded, prompt_length)
+            first = int(masks.first_tokens(encoded, [prompt_length])[0])
             if encoded.starts[first] < prompt_length:
                 flags.append("straddle")
             heads = ((0, first, part.text[:prompt_length], part.hidden[:prompt_length]),)

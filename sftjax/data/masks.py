@@ -200,6 +200,8 @@ def _hide(tokenizer: Tokenizer, messages) -> tuple[list, bool]:
 def _unhide(tokenizer: Tokenizer, renderer, part: _Part, messages, tools, kwargs) -> _Part:
     """Puts the data's own text back, and checks that hiding it changed nothing else."""
     text = tokenizer.unhide_control_tokens(part.rendered.hidden)
+    if text == part.rendered.hidden:
+        return part
     if text != renderer.render(messages[: part.length], tools=tools, kwargs=kwargs):
         raise RowError("control_text", "the text spells a control token in a place where the chat template acts on it")
     return replace(part, rendered=replace(part.rendered, text=text, flags=(*part.rendered.flags, "control_text")))
@@ -238,16 +240,16 @@ def mask(tokenizer: Tokenizer, rendered: Rendered, encoded: Encoded) -> Masked:
     weights = np.zeros(len(encoded.ids), np.float32)
     stops = np.flatnonzero(tokenizer.is_turn_end[encoded.ids])
     controls = np.flatnonzero(tokenizer.is_control[encoded.ids])
+    firsts = first_tokens(encoded, [span.start for span in rendered.spans])
+    ends = np.searchsorted(stops, firsts)
+    lasts = np.searchsorted(controls, firsts) - 1
     straddle, heads = False, []
-    for span in rendered.spans:
-        first = first_token(encoded, span.start)
-        place = np.searchsorted(stops, first)
-        if place == len(stops) or encoded.ends[stops[place]] > span.limit:
+    for span, first, end, last in zip(rendered.spans, firsts.tolist(), ends.tolist(), lasts.tolist(), strict=True):
+        if end == len(stops) or encoded.ends[stops[end]] > span.limit:
             around = rendered.text[max(span.limit - 40, span.start) : span.limit]
             raise RowError("no_end_of_turn", f"no end-of-turn token behind an answer (its text ends {around!r})")
-        weights[first : stops[place] + 1] = span.weight
-        straddle |= bool(first < len(encoded.ids) and encoded.starts[first] < span.start)
-        last = np.searchsorted(controls, first) - 1
+        weights[first : stops[end] + 1] = span.weight
+        straddle |= bool(encoded.starts[first] < span.start)
         begin = int(controls[last]) if last >= 0 else 0
         at = int(encoded.starts[begin]) if last >= 0 else 0
         heads.append((begin, first, rendered.text[at : span.start], rendered.hidden[at : span.start]))
@@ -255,14 +257,16 @@ def mask(tokenizer: Tokenizer, rendered: Rendered, encoded: Encoded) -> Masked:
     return Masked(weights, flags, tuple(heads))
 
 
-def first_token(encoded: Encoded, start: int) -> int:
-    """Number of the first token that has text at or behind character `start`, or stands there without text.
+def first_tokens(encoded: Encoded, starts: Sequence[int]) -> np.ndarray:
+    """For each of some characters, the first token that has text at or behind it, or stands there without text.
 
     text     a s s i s t a n t \\n | Y e s          start = |
     tokens   [   assistant   ][\\n][ Yes ]          -> Yes
     tokens   [   assistant   ][ \\n   Yes ]          -> the last, which straddles
     """
-    first = int(np.searchsorted(encoded.ends, start, side="right"))
-    while first > 0 and encoded.starts[first - 1] >= start:  # a prefix blank that SentencePiece made up
-        first -= 1
-    return first
+    wanted = np.array(starts, np.int32)  # of the array's own type: another would be converted for each search
+    firsts = np.searchsorted(encoded.ends, wanted, side="right")
+    for i, start in enumerate(starts):
+        while firsts[i] > 0 and encoded.starts[firsts[i] - 1] >= start:  # a prefix blank that SentencePiece made up
+            firsts[i] -= 1
+    return firsts

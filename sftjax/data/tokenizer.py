@@ -169,7 +169,7 @@ class Tokenizer:
 
     @cached_property
     def is_control(self) -> np.ndarray:
-        """bool [vocab_size]: control tokens, but for the unknown one, which any character outside the vocabulary gives."""
+        """bool [vocab_size]: control tokens; without the unknown one, which any odd character gives."""
         model = self.backend.model
         unknown = self.hf.unk_token if isinstance(model, Unigram) else getattr(model, "unk_token", None)
         return self._table(number for name, number in self.control_tokens.items() if name != unknown)
@@ -455,8 +455,8 @@ def _generation_stops(path: Path, vocab_size: int) -> list[int]:
 
 def _places(encoding) -> Encoded:
     ids = np.array(encoding.ids, np.int32)
-    offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-    return Encoded(ids, offsets[:, 0], offsets[:, 1])
+    starts, ends = np.array(encoding.offsets, np.int32).reshape(-1, 2).T.copy()  # contiguous, for searching
+    return Encoded(ids, starts, ends)
 
 
 def _no_post_processor():
