@@ -59,7 +59,8 @@ def export_model(
     With several processes all must call it; each writes its share of the weight files (on a shared file system).
 
     Args:
-      params: the parameter tree; rows of a padded embedding beyond `config.vocab_size` are left out.
+      config: where it has a `valid_vocab`, the rows of the embedding from there on are left out.
+      params: the parameter tree.
       dtype: of the tensors; or `{tensor name: dtype}` to keep what a mixed checkpoint had.
       source: the model it came from: its family and harmless fields are carried on, and its tokenizer where
         `tokenizer` is None.
@@ -73,6 +74,8 @@ def export_model(
       ConfigError: the folder holds something else, or the configuration can't be expressed.
       StorageError: it can't be written.
     """
+    if config.valid_vocab is not None:
+        config = config.replace(vocab_size=config.valid_vocab, valid_vocab=None)
     dtypes = {} if not isinstance(dtype, Mapping) else {name: np.dtype(kind) for name, kind in dtype.items()}
     default = np.dtype(dtype) if not dtypes else max(set(dtypes.values()), key=list(dtypes.values()).count)
     raw = families.write_config(config, dtype=default.name, like=None if source is None else source.raw_config)

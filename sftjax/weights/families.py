@@ -186,8 +186,8 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
 
 def _read_mistral(fields: Fields) -> ModelConfig:
     sizes = _sizes(fields, max_position=131_072)
-    windows = _windows(fields, fields.take("sliding_window"))
-    return ModelConfig(**sizes, layers=_specs(windows, _rope(fields, sizes)))
+    window = fields.take("sliding_window", None if "sliding_window" in fields.raw else 4096)
+    return ModelConfig(**sizes, layers=_specs(_windows(fields, window), _rope(fields, sizes)))
 
 
 def _write_mistral(config: ModelConfig) -> dict[str, Any]:

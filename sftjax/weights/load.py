@@ -184,8 +184,7 @@ def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 def _load_leaf(leaf: _Leaf, sharding: Sharding) -> jax.Array:
     """On the CPU the buffers read are the array; elsewhere stacks are written layer by layer on the device."""
-    platforms = {device.platform for device in sharding.device_set}
-    if platforms == {"cpu"} or not _stacked(leaf, sharding):
+    if _fills_in_place(sharding) or not _stacked(leaf, sharding):
         return _place(leaf.shape, sharding, leaf.fill)
     stack = _zeros(leaf.shape, leaf.dtype, sharding)
     for repeat in range(leaf.shape[0]):
@@ -193,6 +192,10 @@ def _load_leaf(leaf: _Leaf, sharding: Sharding) -> jax.Array:
         stack = _write(stack, piece, repeat, sharding)
         jax.block_until_ready(piece)  # so that the host holds one layer, not a queue of them
     return stack
+
+
+def _fills_in_place(sharding: Sharding) -> bool:
+    return all(device.platform == "cpu" for device in sharding.device_set)
 
 
 def _stacked(leaf: _Leaf, sharding: Sharding) -> bool:

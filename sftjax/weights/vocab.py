@@ -27,13 +27,13 @@ def resize_vocab(
 
         [V, D] -> [padded_size(new_size, pad_multiple), D]; rows from `new_size` on are padding, and zero
 
-    Tied heads stay tied (there is one leaf). `config.vocab_size` of the result counts real tokens only: the loss and
-    the samplers leave padded rows out of the softmax by it, and an export doesn't write them.
+    Tied heads stay tied (there is one leaf). Where there is padding, the result's `valid_vocab` counts the real
+    tokens: loss and samplers leave padded rows out of the softmax, and an export doesn't write them.
 
     Raises:
       ConfigError: the vocabulary would shrink.
     """
-    old = config.vocab_size
+    old = config.valid_vocab or config.vocab_size
     if new_size < old:
         raise ConfigError(f"the vocabulary can't shrink from {old} to {new_size}")
     rows = padded_size(new_size, pad_multiple)
@@ -41,7 +41,8 @@ def resize_vocab(
     for path in VOCAB_LEAVES:
         if path in flat:
             flat[path] = _grow(flat[path], old, new_size, rows)
-    return tree.unflatten(flat), config.replace(vocab_size=new_size)
+    valid = new_size if rows > new_size else None
+    return tree.unflatten(flat), config.replace(vocab_size=rows, valid_vocab=valid)
 
 
 def _grow(weight: jax.Array, old: int, new: int, rows: int) -> jax.Array:
