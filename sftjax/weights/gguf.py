@@ -21,11 +21,19 @@ from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig
 from sftjax.weights import gguf_file
 from sftjax.weights.files import RangeFile, copy_converted
-from sftjax.weights.gguf_tokenizer import tokenizer_data, write_tokenizer_files
+from sftjax.weights.gguf_tokenizer import build_tokenizer, tokenizer_data, write_tokenizer_files
 
-__all__ = ["GgufSource", "hf_names", "read_config", "read_generation", "tokenizer_data", "write_tokenizer_files"]
+__all__ = [
+    "GgufSource",
+    "build_tokenizer",
+    "hf_names",
+    "read_config",
+    "read_generation",
+    "tokenizer_data",
+    "write_tokenizer_files",
+]
 
-MODEL_TYPES = {  # general.architecture: (model_type, layers whose window is missing in GGUF)
+MODEL_TYPES = {  # general.architecture: model_type
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",

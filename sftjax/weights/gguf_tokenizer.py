@@ -84,7 +84,7 @@ def write_tokenizer_files(path: str | os.PathLike, directory: str | os.PathLike)
     """
     data, folder = tokenizer_data(path), Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    build(data, str(path)).save(str(folder / "tokenizer.json"))
+    build_tokenizer(data, str(path)).save(str(folder / "tokenizer.json"))
     names = {role: data[key] for role, key in zip(_ROLES, ("bos", "eos", "unk", "pad"), strict=True)}
     config = {role: data["tokens"][token] for role, token in names.items() if token is not None}
     config |= {
@@ -104,7 +104,7 @@ def write_tokenizer_files(path: str | os.PathLike, directory: str | os.PathLike)
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def build(data: dict[str, Any], where: str) -> Tokenizer:
+def build_tokenizer(data: dict[str, Any], where: str) -> Tokenizer:
     """The tokenizer that gives the ids of the original."""
     if data["model"] == "gpt2":
         tokenizer = _byte_level(data, where)

@@ -127,7 +127,7 @@ def open_source(files: ModelFiles) -> tuple[load.Source, list[rules.Tensor]]:
     config = files.config
     if files.is_gguf:
         source: load.Source = gguf.GgufSource(files.path, config)
-        table = rules.tensors(config)
+        table = rules.tensors(config, files.family.layout)
     else:
         source = _FolderSource(Folder(files.path))
         layout = files.family.layout

@@ -1,0 +1,232 @@
+import json
+import math
+import sys
+from pathlib import Path
+
+import gguf as reference
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+from sftjax import tree
+from sftjax.errors import ConfigError, StorageError
+from sftjax.weights import families, gguf, gguf_file, hf, rules
+
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+
+
+def permuted(weight, heads):
+    """As llama.cpp's converter does it."""
+    rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write(path, architecture, raw, tensors, *, kinds=("F32",), extra=()):
+    """A file as llama.cpp's converter writes it; returns the tensors as they come back."""
+    writer = reference.GGUFWriter(path, architecture)
+    heads, kv = raw["num_attention_heads"], raw["num_key_value_heads"]
+    writer.add_context_length(raw["max_position_embeddings"])
+    writer.add_embedding_length(raw["hidden_size"])
+    writer.add_block_count(raw["num_hidden_layers"])
+    writer.add_feed_forward_length(raw["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv)
+    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
+    writer.add_key_length(raw.get("head_dim") or raw["hidden_size"] // heads)
+    if raw.get("sliding_window"):
+        writer.add_sliding_window(raw["sliding_window"])
+    for name, value in extra:
+        writer.add_array(name, value) if isinstance(value, list) else writer.add_key_value(
+            name, value, reference.GGUFValueType.get_type(value)
+        )
+    config = families.read_config(raw)
+    names = {ours: theirs for theirs, ours in gguf.hf_names(config, fused=architecture == "phi3").items()}
+    back = {}
+    for number, (name, array) in enumerate(tensors.items()):
+        array = array.astype(np.float32)
+        kind = reference.GGMLQuantizationType[kinds[number % len(kinds)] if array.ndim > 1 else "F32"]
+        stored = array + 1 if config.norm_plus_one and name.endswith("norm.weight") else array
+        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+            stored = permuted(stored, heads if ".q_proj." in name else kv)
+        data, stored = encode(stored, kind)
+        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+            count = heads if ".q_proj." in name else kv
+            order = permuted(np.arange(len(stored)), count)
+            stored = stored[np.argsort(order)]
+        back[name] = stored - 1 if config.norm_plus_one and name.endswith("norm.weight") else stored
+        writer.add_tensor(names[name], data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return back
+
+
+def encode(array, kind):
+    """(bytes, what they decode to); K-quants have no encoder in Python, so their blocks are random."""
+    try:
+        data = reference.quants.quantize(array, kind)
+    except NotImplementedError:
+        block, size = reference.GGML_QUANT_SIZES[kind]
+        rows = np.random.default_rng(0).integers(0, 60, (array.shape[0], array.shape[1] // block, size), np.uint8)
+        data = rows.reshape(array.shape[0], -1)
+    return data, reference.quants.dequantize(data, kind) if kind.name != "F32" else array
+
+
+ARCHITECTURES = {
+    "llama": ("llama", dict(attention_bias=True)), "qwen2": ("qwen2", dict(use_sliding_window=False)),
+    "qwen3": ("qwen3", {}), "gemma": ("gemma", {}), "gemma2": ("gemma2", dict(query_pre_attn_scalar=16)),
+    "gemma3": ("gemma3", dict(query_pre_attn_scalar=16)), "phi3": ("phi3", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture(tmp_path, architecture):
+    name, options = ARCHITECTURES[architecture]
+    raw = tiny.config_dict(name, **options)
+    tensors = tiny.random_tensors(raw, dtype="float32")
+    back = write(tmp_path / "m.gguf", architecture, raw, tensors, extra=[(f"{architecture}.rope.freq_base", 1e4)])
+    model = hf.open_model(tmp_path / "m.gguf")
+    expected = families.read_config(raw)
+    if architecture == "gemma3":  # its local theta isn't in the file
+        assert [layer.window for layer in model.config.layers] == [layer.window for layer in expected.layers]
+    else:
+        assert model.config == expected
+    flat = tree.flatten(hf.load_params(model, model.config, "float32"))
+    for tensor in rules.tensors(model.config, model.family.layout):
+        for part in tensor.parts:
+            np.testing.assert_allclose(
+                np.asarray(flat[part.path])[part.index], back[tensor.name][part.select], atol=3e-7
+            )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_quantisation(tmp_path, kind):
+    raw = tiny.config_dict("llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1, attention_bias=False,
+                           mlp_bias=False)  # fmt: skip
+    tensors = tiny.random_tensors(raw, dtype="float32")
+    back = write(tmp_path / "m.gguf", "llama", raw, tensors, kinds=[kind])
+    model = hf.open_model(tmp_path / "m.gguf")
+    source, table = hf.open_source(model)
+    for tensor in table:
+        whole = np.empty(tensor.shape, np.float32)
+        source.read(tensor.name, (), whole)
+        np.testing.assert_array_equal(whole, back[tensor.name])
+        if len(tensor.shape) == 2:  # rows and columns of it, as a shard asks for them
+            part = np.empty((20, 7), np.float32)
+            source.read(tensor.name, (slice(10, 30), slice(5, 12)), part)
+            np.testing.assert_array_equal(part, whole[10:30, 5:12])
+
+
+def test_unpermuted_rows_drawn():
+    assert gguf.unpermuted_rows(2, 8).tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+
+
+def test_llama_3_scaling_is_found_back(tmp_path):
+    raw = tiny.config_dict("llama", head_dim=64, attention_bias=False)
+    wavelengths = 2 * math.pi * 5e5 ** (np.arange(0, 64, 2) / 64)
+    smooth = np.clip((8192 / wavelengths - 1) / 3, 0, 1)
+    factors = (1 / ((1 - smooth) / 32 + smooth)).astype(np.float32)
+    scaling = gguf._llama3_scaling(factors, 5e5, 64, "x")
+    assert scaling["factor"] == 32 and scaling["original_max_position_embeddings"] == 8192
+    with pytest.raises(ConfigError, match="rope_freqs"):
+        gguf._llama3_scaling(factors * np.linspace(1, 2, 32), 5e5, 64, "x")
+    assert raw["head_dim"] == 64
+
+
+def test_damaged_files(tmp_path):
+    raw = tiny.config_dict("llama")
+    path = tmp_path / "m.gguf"
+    write(path, "llama", raw, tiny.random_tensors(raw, dtype="float32"))
+    sound = path.read_bytes()
+    for broken in (sound[:-100], sound[:200], b"GGUX" + sound[4:], b"GGUF", b"", sound[:8] + b"\xff" * 16 + sound[24:]):
+        path.write_bytes(broken)
+        gguf_file._read.cache_clear()
+        with pytest.raises((StorageError, ConfigError), match=r"m\.gguf"):
+            hf.open_model(path)
+
+
+def test_refuses_what_it_can_t_read(tmp_path):
+    raw = tiny.config_dict("llama")
+    tensors = tiny.random_tensors(raw, dtype="float32")
+    write(tmp_path / "m.gguf", "mamba", raw, tensors)
+    with pytest.raises(ConfigError, match="mamba"):
+        hf.open_model(tmp_path / "m.gguf")
+    write(tmp_path / "n.gguf", "llama", raw, tensors, extra=[("llama.expert_count", 8)])
+    with pytest.raises(ConfigError, match="expert_count"):
+        hf.open_model(tmp_path / "n.gguf")
+    del tensors["model.norm.weight"]
+    write(tmp_path / "o.gguf", "llama", raw, tensors)
+    model = hf.open_model(tmp_path / "o.gguf")
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight"):
+        hf.load_params(model, model.config, "float32")
+
+
+# ------------------------------------------------------------------------------------------------------ tokenizers
+
+
+def byte_level_data(**changes):
+    tokens = ["<|end|>", *sorted(set(_bytes()))]
+    merges = [("a", "b"), ("1", "2"), ("Ġ", "a")]
+    tokens += ["".join(pair) for pair in merges]
+    types = [3] + [1] * (len(tokens) - 1)
+    return dict(
+        architecture="llama", model="gpt2", pre="smollm", tokens=tokens, types=types, merges=merges, scores=[], bos=0,
+        eos=0, unk=None, pad=0, eot=None, add_bos=False, add_eos=False, add_space_prefix=False, chat_template=None,
+    ) | changes  # fmt: skip
+
+
+def _bytes():
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return ByteLevel.alphabet()
+
+
+def spell(tokenizer, text):
+    return tokenizer.encode(text).tokens
+
+
+def test_byte_level_rules_by_name():
+    smollm = gguf.build_tokenizer(byte_level_data(), "x")
+    assert spell(smollm, "ab 12<|end|> a") == ["ab", "Ġ", "1", "2", "<|end|>", "Ġa"]
+    plain = gguf.build_tokenizer(byte_level_data(pre="gpt-2"), "x")
+    assert spell(plain, "12") == ["12"]
+    llama = gguf.build_tokenizer(byte_level_data(pre="llama-bpe", add_bos=True), "x")
+    assert spell(llama, "12") == ["<|end|>", "12"]
+    assert smollm.decode(smollm.encode("héllo 日本").ids) == "héllo 日本"
+    with pytest.raises(ConfigError, match="strange"):
+        gguf.build_tokenizer(byte_level_data(pre="strange"), "x")
+
+
+def test_sentencepiece_rules():
+    letters = ["▁", "a", "b", "ab", "▁a", "▁ab"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *letters]
+    scores = [0.0] * 259 + [-10.0, -11.0, -12.0, -1.0, -2.0, -3.0]
+    data = byte_level_data(
+        model="llama", pre="default", tokens=tokens, types=[2, 3, 3] + [6] * 256 + [1] * 6, merges=[], scores=scores,
+        unk=0, bos=1, eos=2, add_bos=True, add_space_prefix=True,
+    )  # fmt: skip
+    tokenizer = gguf.build_tokenizer(data, "x")
+    assert spell(tokenizer, "ab é</s>") == ["<s>", "▁ab", "▁", "<0xC3>", "<0xA9>", "</s>"]
+    assert tokenizer.decode(tokenizer.encode("ab é").ids) == "ab é"
+
+
+def test_writes_the_files(tmp_path):
+    raw = tiny.config_dict("llama")
+    data = byte_level_data()
+    extra = [
+        ("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm"), ("tokenizer.ggml.tokens", data["tokens"]),
+        ("tokenizer.ggml.token_type", data["types"]),
+        ("tokenizer.ggml.merges", [" ".join(pair) for pair in data["merges"]]),
+        ("tokenizer.ggml.eos_token_id", 0), ("tokenizer.chat_template", "{{ messages }}"),
+    ]  # fmt: skip
+    write(tmp_path / "m.gguf", "llama", raw, tiny.random_tensors(raw, dtype="float32"), extra=extra)
+    names = gguf.write_tokenizer_files(tmp_path / "m.gguf", tmp_path / "out")
+    assert sorted(names) == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    loaded = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert spell(loaded, "ab 12<|end|>") == ["ab", "Ġ", "1", "2", "<|end|>"]
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
+    assert gguf.tokenizer_data(tmp_path / "m.gguf")["chat_template"] == "{{ messages }}"
