@@ -83,6 +83,8 @@ Example = Conversation | Text | Tokens
 def detect(row: Mapping[str, Any]) -> str:
     """The format that a row's keys tell. Raises RowError."""
     keys = row.keys()
+    if keys >= {"message_id", "parent_id", "role"} and "replies" not in keys:
+        raise RowError("unknown_format", "one message of an OpenAssistant tree a row: use the file with whole trees")
     for name, needed in _DETECT:
         if needed <= keys:
             if name == "prompt_completion" and isinstance(row["prompt"], Mapping):
@@ -90,8 +92,6 @@ def detect(row: Mapping[str, Any]) -> str:
             return name
     if "prompt" in keys and isinstance(row["prompt"], Mapping):
         return "oasst"
-    if {"message_id", "parent_id", "role"} <= keys:
-        raise RowError("unknown_format", "one message of an OpenAssistant tree a row: use the file with whole trees")
     raise RowError(
         "unknown_format",
         f"keys {sorted(map(str, keys))[:12]} are of no known format: set data.format, or map fields, for example "
