@@ -106,7 +106,7 @@ def token_loss(
     targets_BxL: Array,
     weights_BxL: Array,
 ) -> tuple[Array, dict[str, Array]]:
-    """sum(weights * nll), f32, without ever holding `[B, L, V]`; and per token `nll` f32 and `correct` bool `[B, L]`."""
+    """sum(weights * nll), f32, without ever holding `[B, L, V]`; for each token `nll` f32 and `correct` `[B, L]`."""
     total, nll, correct = cross_entropy(
         hidden_BxLxD,
         head_weight(config, variables),
@@ -288,14 +288,15 @@ class Block(nn.Module):
         normed = self.norm("pre_attention_norm", x_BxLxD, config.pre_norm)
         attention = layers.Attention(config, runtime, self.spec, name="self_attn")
         mixed, cache = attention(normed, inputs, cache, repeat)
-        mixed = self.norm("post_attention_norm", layers.bottleneck(self, "adapter_attn", mixed), config.post_norm)
+        mixed = self.norm("post_attention_norm", mixed, config.post_norm)
+        mixed = layers.bottleneck(self, "adapter_attn", mixed)
         if config.parallel_block:
             found, statistics = self.mlp(normed, inputs)
             return self.add(x_BxLxD, mixed + layers.bottleneck(self, "adapter_mlp", found)), cache, statistics
         x_BxLxD = self.add(x_BxLxD, mixed)
         found, statistics = self.mlp(self.norm("pre_mlp_norm", x_BxLxD, config.pre_norm), inputs)
-        found = self.norm("post_mlp_norm", layers.bottleneck(self, "adapter_mlp", found), config.post_norm)
-        return self.add(x_BxLxD, found), cache, statistics
+        found = self.norm("post_mlp_norm", found, config.post_norm)
+        return self.add(x_BxLxD, layers.bottleneck(self, "adapter_mlp", found)), cache, statistics
 
     def norm(self, name: str, x: Array, present: bool) -> Array:
         return layers.Norm(self.config, name=name)(x) if present else x

@@ -29,7 +29,7 @@ BATCH = ("data", "fsdp")  # the mesh axes that divide a batch
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """How a model is run; nothing here changes what it computes, but for the dropouts.
+    """How a model is run; only the dropouts and the last field change what it computes.
 
     Attributes:
       compute_dtype: of activations and matmuls.
@@ -40,6 +40,7 @@ class Runtime:
       mesh: devices; None: no constraints on where activations live.
       adapter_dropout, attention_dropout, residual_dropout, embedding_dropout: rates; used only with a key.
       neftune_alpha: strength of the noise on embeddings (arXiv:2310.05914); used only with a key.
+      bottleneck_activation: of Houlsby and Pfeiffer adapters, as they were trained.
     """
 
     compute_dtype: str = "bfloat16"
@@ -52,6 +53,7 @@ class Runtime:
     residual_dropout: float = 0.0
     embedding_dropout: float = 0.0
     neftune_alpha: float = 0.0
+    bottleneck_activation: str = "relu"
 
     def __post_init__(self):
         if self.remat not in ("none", "full", "dots", "attention"):
@@ -244,7 +246,7 @@ def bottleneck(module: nn.Module, name: str, x: Array) -> Array:
         return x
     from sftjax.peft import adapters
 
-    return adapters.apply(x, module.variables["adapter"][name])
+    return adapters.apply(x, module.variables["adapter"][name], module.runtime.bottleneck_activation)
 
 
 def dropout_key(module: nn.Module, rate: float) -> Array | None:
