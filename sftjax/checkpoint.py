@@ -112,6 +112,13 @@ class _KeepOnly(policies.PreservationPolicy):
         return [info.step == self._best_step() for info in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves preemption to `stopping`: at such a step Orbax subtracts time stamps that it hasn't read."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpointer:
     """Saves and restores the checkpoints of one run.
 
@@ -147,7 +154,7 @@ class Checkpointer:
         )
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("state", *DOCUMENTS))
+            self._manager = _Manager(self._directory, options=options, item_names=("state", *DOCUMENTS))
         except (OSError, ValueError) as error:
             raise StorageError(f"{directory}: can't keep checkpoints here ({error})") from error
         self._ranks = {step: self._rank(self._read_metrics(step)) for step in self.all_steps()}
