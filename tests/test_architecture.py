@@ -12,15 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports only go to a later line; names on one line don't import each other. (A package may import within itself.)
 LAYERS = [
-    {"main"},
+    {"main", "convert"},
     {"train", "plan", "bench", "doctor", "serve", "synth"},
-    {"finish"},
-    {"evaluate", "loading", "samples", "score"},
+    {"chat", "finish"},
+    {"evaluate", "loading", "samples", "score", "runlog"},
     {"generate", "report"},
     {"program"},
     {"step"},
     {"optim", "metrics", "checkpoint", "runs", "stopping", "weights"},
-    {"optim8bit", "digest", "lock"},
+    {"optim8bit", "digest", "lock", "charts"},
     {"models"},
     {"peft"},
     {"kernels"},
@@ -31,7 +31,7 @@ LAYERS = [
 EVERYBODY = {"errors"}
 WINGS = {"data": set(), "curate": {"data"}}  # each with the wings it may use beside numpy, Grain and the tokenizer
 USE_WINGS = set().union(*LAYERS[:4])
-USE_CONFIG = {"main", "train", "plan", "bench", "finish", "doctor"}  # below: plain arguments
+USE_CONFIG = {"main", "train", "plan", "bench", "finish", "doctor", "convert"}  # below: plain arguments
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 BANNED_MODULES = {
