@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sftjax.errors import ConfigError
+
 Array = jax.Array
 _CANDIDATES = 128  # the filters look at so many of the largest first; they seldom reach further
 
@@ -39,9 +41,9 @@ class Sampling:
 
     def __post_init__(self):
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise ValueError(f"{self}: temperature and top_k are at least 0, top_p in (0, 1], min_p in [0, 1]")
+            raise ConfigError(f"{self}: temperature and top_k are at least 0, top_p in (0, 1], min_p in [0, 1]")
         if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty {self.repetition_penalty}: must be positive")
+            raise ConfigError(f"repetition_penalty {self.repetition_penalty}: must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
