@@ -142,7 +142,7 @@ def _write_weights(target: _Target, shards: list[tuple[str, list]], leaves: Mapp
                 entries = [(tensor.name, dtype, tensor.shape) for tensor, dtype in tensors]
                 out.write(safetensors.header_bytes(entries, {"format": "pt"}))
             for tensor, dtype in tensors:
-                array = _assemble(tensor, dtype, leaves)  # every process takes part: shards come from all
+                array = assemble(tensor, dtype, leaves)  # every process takes part: shards come from all
                 if mine:
                     safetensors.write_array(out, array)
                 total_values += math.prod(tensor.shape)
@@ -154,8 +154,8 @@ def _write_weights(target: _Target, shards: list[tuple[str, list]], leaves: Mapp
         _write_json(target, "model.safetensors.index.json", index)
 
 
-def _assemble(tensor: rules.Tensor, dtype: np.dtype, leaves: Mapping[str, Any]) -> np.ndarray:
-    """One tensor as it is stored, from its parts."""
+def assemble(tensor: rules.Tensor, dtype: np.dtype, leaves: Mapping[str, Any]) -> np.ndarray:
+    """One tensor as it is stored, from its parts; `leaves`: parameters by path."""
     if len(tensor.parts) == 1 and not tensor.parts[0].select and not tensor.parts[0].transpose:
         value = _fetch(leaves[tensor.parts[0].path], tensor.parts[0])
         return value if value.dtype == dtype else value.astype(dtype)

@@ -10,12 +10,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sftjax.errors import ConfigError
 from sftjax.weights import gguf_file
 
-_CONTROL, _USER_DEFINED, _UNKNOWN = 3, 4, 2
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -190,3 +191,87 @@ def _merges(vocab: dict[str, int], rank: list[float]) -> list[tuple[str, str]]:
         found += [(rank[i], vocab[left], vocab[right], left, right) for left, right in pairs]
     found.sort(key=lambda merge: (-merge[0], merge[1], merge[2]))
     return [(left, right) for *_, left, right in found]
+
+
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+def write_fields(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
+    """Puts the tokenizer of an HF folder into a GGUF file; the inverse of `tokenizer_data` and `build_tokenizer`.
+
+    Args:
+      size: rows of the embedding; ids without a token are filled up with unused ones.
+
+    Raises:
+      ConfigError: a tokenizer that isn't BPE, or splits text in a way without a name in llama.cpp.
+    """
+    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    if spec["model"].get("type") != "BPE":
+        raise ConfigError(f"{folder}/tokenizer.json: only BPE tokenizers can be written to GGUF")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
+    added = {entry["content"]: entry for entry in spec["added_tokens"]}
+    ids = {**spec["model"]["vocab"], **{name: entry["id"] for name, entry in added.items()}}
+    tokens = [f"[PAD{i}]" for i in range(size)]
+    types = [_UNUSED] * size
+    for token, i in ids.items():
+        tokens[i], types[i] = token, _type_of(token, added, spec)
+    spm = bool(spec["model"].get("byte_fallback"))
+    writer.add_tokenizer_model("llama" if spm else "gpt2")
+    writer.add_tokenizer_pre("default" if spm else _name_of_rule(spec, folder))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if spm:
+        writer.add_token_scores(_scores(tokens, merges))
+        writer.add_add_space_prefix('"Prepend"' in json.dumps(spec["normalizer"]))
+    else:
+        writer.add_token_merges(merges)
+    adders = (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id, writer.add_pad_token_id)
+    for role, add in zip(_ROLES, adders, strict=True):
+        token = settings.get(role)
+        token = token["content"] if isinstance(token, dict) else token
+        if token in ids:
+            add(ids[token])
+    template = (spec.get("post_processor") or {}).get("special_tokens", {})
+    bos = settings.get("bos_token")
+    writer.add_add_bos_token(bool(settings.get("add_bos_token", bos in template)))
+    chat = folder / "chat_template.jinja"
+    text = chat.read_text("utf-8") if chat.exists() else settings.get("chat_template")
+    if text:
+        writer.add_chat_template(text)
+
+
+def _type_of(token: str, added: dict[str, Any], spec: dict[str, Any]) -> int:
+    if token == spec["model"].get("unk_token"):
+        return _UNKNOWN
+    if token in added:
+        return _CONTROL if added[token]["special"] else _USER_DEFINED
+    is_byte = spec["model"].get("byte_fallback") and len(token) == 6 and token.startswith("<0x")
+    return _BYTE if is_byte else _NORMAL
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """llama.cpp merges the pair whose result has the best score: the earliest merge that makes a piece."""
+    rank: dict[str, int] = {}
+    for number, merge in enumerate(merges):
+        rank.setdefault("".join(merge.split(" ")), number)
+    return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def _name_of_rule(spec: dict[str, Any], folder: Path) -> str:
+    """llama.cpp's name for how this tokenizer.json splits text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    data = dict(model="gpt2", tokens=alphabet, types=[1] * 256, merges=[], unk=None, bos=None, eos=None)
+    data |= dict(add_bos=False, add_eos=False)
+    for name in (*_PLAIN, *_DIGITS, *_SPLITS):
+        ours = json.loads(build_tokenizer({**data, "pre": name}, name).to_str())
+        if all(_essence(ours[part]) == _essence(spec.get(part)) for part in ("pre_tokenizer", "normalizer")):
+            return name
+    raise ConfigError(f"{folder}/tokenizer.json: llama.cpp has no name (that is known here) for how it splits text")
+
+
+def _essence(part: Any) -> Any:
+    """Without settings that don't change how text is split."""
+    if isinstance(part, dict):
+        return {key: _essence(value) for key, value in part.items() if key not in ("trim_offsets", "invert")}
+    return [_essence(entry) for entry in part] if isinstance(part, list) else part

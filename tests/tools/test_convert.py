@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "weights"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
 import tiny
 
 from sftjax import convert, tree
@@ -17,6 +16,8 @@ from sftjax.errors import ConfigError
 from sftjax.peft import lora, merge
 from sftjax.peft.spec import AdapterSpec
 from sftjax.weights import hf, peft_format
+
+ROOT = Path(__file__).parents[2]
 
 
 def make(folder):

@@ -95,7 +95,7 @@ def test_all_or_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "_assemble", fail)
+        patch.setattr(export, "assemble", fail)
         with pytest.raises(StorageError, match="No space left"):
             export.export_model(out, model.config, params, dtype="bfloat16", source=model)
         with pytest.raises(StorageError):

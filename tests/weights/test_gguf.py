@@ -13,7 +13,7 @@ import tiny
 
 from sftjax import tree
 from sftjax.errors import ConfigError, StorageError
-from sftjax.weights import families, gguf, gguf_file, hf, rules
+from sftjax.weights import families, gguf, gguf_file, gguf_write, hf, rules
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 
@@ -230,3 +230,57 @@ def test_writes_the_files(tmp_path):
     assert spell(loaded, "ab 12<|end|>") == ["ab", "Ġ", "1", "2", "<|end|>"]
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
     assert gguf.tokenizer_data(tmp_path / "m.gguf")["chat_template"] == "{{ messages }}"
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_goes_out_comes_back(tmp_path, architecture, kind):
+    name, options = ARCHITECTURES[architecture]
+    raw = tiny.config_dict(name, **options, intermediate_size=64, bos_token_id=0, eos_token_id=0)
+    if name == "qwen3":
+        raw["head_dim"] = 8
+    model = hf.open_model(tiny.write_model(tmp_path / "in", raw, tiny.random_tensors(raw)))
+    params = hf.load_params(model, model.config, "float32")
+    save_tokenizer(tmp_path, byte_level_data(), raw["vocab_size"])
+    path = tmp_path / "m.gguf"
+    options = dict(kind=kind, model_type=raw["model_type"], tokenizer_folder=tmp_path)
+    gguf_write.write_gguf(path, model.config, params, **options)
+    again = hf.open_model(path)
+    assert again.config == model.config
+    reference.GGUFReader(path)  # the reference parser agrees that it is one
+    for name, leaf in tree.flatten(hf.load_params(again, again.config, "float32")).items():
+        scale = np.abs(tree.flatten(params)[name]).max()
+        tolerance = {"BF16": 0.0, "F16": 1e-3, "Q8_0": 1e-2}[kind] + (2e-7 if model.config.norm_plus_one else 0)
+        np.testing.assert_allclose(leaf, tree.flatten(params)[name], rtol=0, atol=tolerance * scale)
+    data = gguf.tokenizer_data(path)
+    assert (data["model"], data["pre"], data["eos"]) == ("gpt2", "smollm", 0)
+    assert spell(gguf.build_tokenizer(data, "x"), "ab 12<|end|> a") == ["ab", "Ġ", "1", "2", "<|end|>", "Ġa"]
+
+
+def save_tokenizer(folder, data, size):
+    tokens = data["tokens"]
+    keep = ["<|end|>", "Ġ", "a", "b", "1", "2", "ab", "12", "Ġa"]
+    rest = [token for token in tokens if token not in keep][: size - len(keep)]
+    tokens = keep[:1] + rest + keep[1:]
+    tokenizer = gguf.build_tokenizer({**data, "tokens": tokens, "types": [3] + [1] * (size - 1)}, "x")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>", "pad_token": "<|end|>"}')
+
+
+def test_sentencepiece_goes_out_and_comes_back(tmp_path):
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "ab", "▁a", "▁ab"]
+    scores = [0.0] * 259 + [-10.0, -11.0, -12.0, -1.0, -2.0, -3.0]
+    data = byte_level_data(
+        model="llama", pre="default", tokens=tokens, types=[2, 3, 3] + [6] * 256 + [1] * 6, merges=[], scores=scores,
+        unk=0, bos=1, eos=2, add_bos=True, add_space_prefix=True,
+    )  # fmt: skip
+    gguf.build_tokenizer(data, "x").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}')
+    raw = tiny.config_dict("llama", vocab_size=len(tokens))
+    model = hf.open_model(tiny.write_model(tmp_path / "in", raw, tiny.random_tensors(raw)))
+    params = hf.load_params(model, model.config, "float32")
+    path = tmp_path / "m.gguf"
+    gguf_write.write_gguf(path, model.config, params, kind="F16", model_type="llama", tokenizer_folder=tmp_path)
+    found = gguf.tokenizer_data(path)
+    assert found["types"] == data["types"] and found["add_bos"] and found["add_space_prefix"]
+    assert spell(gguf.build_tokenizer(found, "x"), "ab é</s>") == ["<s>", "▁ab", "▁", "<0xC3>", "<0xA9>", "</s>"]
