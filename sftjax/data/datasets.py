@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.data import sources
+from sftjax.data import files, sources
 from sftjax.errors import ConfigError, DataError, StorageError
 
 
@@ -84,8 +84,8 @@ class Tfds:
         return f"{self.name}/{self._split}[{index}]"
 
     def fingerprint(self) -> str:
-        files = self._builder().info.splits[self._split].filepaths
-        return sources.digest(self.name, self._split, *(sources.hash_file(str(file)) for file in files))
+        paths = self._builder().info.splits[self._split].filepaths
+        return files.digest(self.name, self._split, *(files.hash_file(str(path)) for path in paths))
 
 
 def _turned_back(value, feature):
@@ -155,10 +155,10 @@ class Hub:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return sources.drop_none(self._loaded()[int(index)])
+        return files.drop_none(self._loaded()[int(index)])
 
     def location(self, index: int) -> str:
         return f"{self.name}/{self._split}[{index}]"
 
     def fingerprint(self) -> str:
-        return sources.digest(self.name, self._split, str(self._loaded()._fingerprint))
+        return files.digest(self.name, self._split, str(self._loaded()._fingerprint))

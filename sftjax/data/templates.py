@@ -25,7 +25,7 @@ from pathlib import Path
 
 import jinja2
 
-from sftjax.data.rendering import MAX_TEMPLATE_CHARS
+from sftjax.data.sandbox import MAX_TEMPLATE_CHARS
 from sftjax.errors import ConfigError
 
 _UNKNOWN = "{{- raise_exception('this template has no role ' + message['role']) -}}"

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -25,8 +23,9 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import Unigram
 
-from sftjax.data import spm, templates
-from sftjax.data.rendering import Renderer, TemplateError
+from sftjax.data import plain, templates, tokenizer_files
+from sftjax.data.rendering import Renderer
+from sftjax.data.sandbox import TemplateError
 from sftjax.data.templates import Template
 from sftjax.errors import ConfigError, StorageError
 
@@ -37,7 +36,6 @@ _HTML = (
 _HTML_TAG = re.compile(rf"</?(?:{'|'.join(_HTML.split())})>")  # Gemma lists these and blanks as added tokens: text
 _ANSWER_TAG = re.compile(r"</?[a-z_]+>")  # <think>, <tool_call>: added, not special; what a model writes in answers
 _PLAIN_BASE = 0xF0000  # private-use plane: one character for each control token spelled in data
-_UNREACHABLE = "\U0010fffc"
 
 
 @dataclass(frozen=True)
@@ -223,16 +221,7 @@ class Tokenizer:
     @cached_property
     def plain_backends(self) -> tuple[Backend, Backend]:
         """Copies without control tokens: for text at the very start, and for text behind a control token."""
-        spec = json.loads(self.backend.to_str())
-        spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in self.control_tokens]
-        _make_unreachable(spec["model"], self.control_tokens)
-        first = json.dumps(spec)
-        _drop_first_prefix(spec.get("pre_tokenizer"))
-        backends = Backend.from_str(first), Backend.from_str(json.dumps(spec))
-        for token in spec["added_tokens"]:
-            if backends[0].token_to_id(token["content"]) != token["id"]:
-                raise ConfigError(f"the tokenizer's added token {token['content']!r} can't be told from control tokens")
-        return backends
+        return plain.copies(self.backend, self.control_tokens)
 
     # --- template ------------------------------------------------------------------------------------------------
 
@@ -309,14 +298,14 @@ def load(path: str | Path, *, chat_template: str | None = None, end_of_turn: str
       ConfigError: no folder, no or damaged tokenizer files, unknown template.
     """
     path = Path(path)
-    hf = _load_hf(path)
+    hf = tokenizer_files.load(path)
     template, added = None, []
     if chat_template:
         template = templates.find(chat_template, end_of_turn)
         added = _add_tokens(hf, template.tokens)
     elif hf.chat_template:
         template = _own_template(hf)
-    stop_ids = _generation_stops(path, len(hf))
+    stop_ids = tokenizer_files.generation_stops(path, len(hf))
     tokenizer = Tokenizer(hf, template, added_tokens=added, stop_ids=stop_ids)
     if template is not None and end_of_turn and template.end_of_turn is None:
         tokenizer = _with_end_of_turn(tokenizer, end_of_turn, stop_ids)
@@ -325,70 +314,6 @@ def load(path: str | Path, *, chat_template: str | None = None, end_of_turn: str
         if tokenizer.template.tools_text:
             hf.chat_template = {"default": tokenizer.template.text, "tool_use": tokenizer.template.tools_text}
     return tokenizer
-
-
-def _load_hf(path: Path):
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such folder; a model folder has tokenizer.json or tokenizer.model in it")
-    has_fast, has_spm = (path / "tokenizer.json").is_file(), (path / "tokenizer.model").is_file()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # "PyTorch was not found" is as it should be
-    if has_spm and not has_fast:
-        return _load_sentencepiece(path)
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if not has_fast and not (path / "vocab.json").is_file():
-        raise ConfigError(
-            f"{path} has no tokenizer.json, tokenizer.model or vocab.json: copy the model's tokenizer there"
-        )
-    try:
-        return _checked(AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False), path)
-    except ConfigError:
-        raise
-    except Exception as first:  # an unknown class, a class that wants other files: tokenizer.json says enough
-        if not has_fast:
-            raise ConfigError(f"{path}: the tokenizer can't be loaded: {_one_line(first)}") from None
-        try:
-            return _checked(PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True), path)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"{path}/tokenizer.json can't be read, fetch it again: {_one_line(error)}") from None
-
-
-def _checked(hf, path: Path):
-    if getattr(hf, "backend_tokenizer", None) is None:
-        raise ConfigError(f"{path}: only a slow tokenizer is there; save it once as tokenizer.json with transformers")
-    return hf
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _load_sentencepiece(path: Path):
-    from transformers import PreTrainedTokenizerFast
-
-    settings = {}
-    config_file = path / "tokenizer_config.json"
-    if config_file.is_file():
-        try:
-            settings = json.loads(config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{config_file} is not JSON: {error}") from None
-    backend, names = spm.build(path / "tokenizer.model", add_bos=settings.get("add_bos_token"))
-    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = settings.get(role)
-        value = value["content"] if isinstance(value, dict) else value
-        if value:
-            names[role] = value
-    hf = PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=str(path), **names)
-    template_file = path / "chat_template.jinja"
-    if template_file.is_file():
-        hf.chat_template = template_file.read_text(encoding="utf-8")
-    elif settings.get("chat_template"):
-        hf.chat_template = settings["chat_template"]
-    return hf
 
 
 def _own_template(hf) -> Template:
@@ -438,21 +363,6 @@ def _with_end_of_turn(tokenizer: Tokenizer, end_of_turn: str, stop_ids: Sequence
     return result
 
 
-def _generation_stops(path: Path, vocab_size: int) -> list[int]:
-    """`eos_token_id` of generation_config.json, else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        if (path / name).is_file():
-            try:
-                value = json.loads((path / name).read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise ConfigError(f"{path / name} is not a JSON object: {error}") from None
-            numbers = value if isinstance(value, list) else [value]
-            numbers = [n for n in numbers if isinstance(n, int) and 0 <= n < vocab_size]
-            if numbers:
-                return numbers
-    return []
-
-
 def _places(encoding) -> Encoded:
     ids = np.array(encoding.ids, np.int32)
     starts, ends = np.array(encoding.offsets, np.int32).reshape(-1, 2).T.copy()  # contiguous, for searching
@@ -473,27 +383,3 @@ def _additions(backend: Backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if full[cut : cut + len(plain)] == plain:
             return tuple(full[:cut]), tuple(full[cut + len(plain) :])
     return (), ()
-
-
-def _make_unreachable(model: dict, names) -> None:
-    """Renames pieces in a tokenizer.json model so that no text can spell them; ids stay."""
-    vocab = model["vocab"]
-    if isinstance(vocab, list):  # unigram; the unknown piece is found by number
-        for entry in vocab:
-            if entry[0] in names:
-                entry[0] = _UNREACHABLE + entry[0]
-        return
-    keep = model.get("unk_token")  # found by name; BPE reaches it by merges only, which go away below
-    model["vocab"] = {(_UNREACHABLE + t if t in names and t != keep else t): i for t, i in vocab.items()}
-    if "merges" in model:
-        pairs = (pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model["merges"])
-        model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names.keys()]
-
-
-def _drop_first_prefix(pre_tokenizer: dict | None) -> None:
-    """Metaspace's `first` scheme takes each stretch encoded alone for the first one."""
-    if pre_tokenizer is None:
-        return
-    for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
-        if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
-            part["prepend_scheme"] = "never"

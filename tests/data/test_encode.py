@@ -4,12 +4,12 @@ import pickle
 
 import numpy as np
 import pytest
-from tiny import byte_level, chat, drawn, sentencepiece
 
 from sftjax.data import tokenizer as tokenizers
 from sftjax.data.encode import RowEncoder
 from sftjax.data.types import RowError
 from sftjax.errors import ConfigError
+from tests.data.tiny import byte_level, chat, drawn, sentencepiece
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ import random
 
 import numpy as np
 import pytest
-from tiny import CHATML, byte_level, chat, drawn, sentencepiece
 
 from sftjax.data import masks, templates
 from sftjax.data import tokenizer as tokenizers
 from sftjax.data.encode import RowEncoder
 from sftjax.data.types import RowError
 from sftjax.errors import DataError
+from tests.data.tiny import CHATML, byte_level, chat, drawn, sentencepiece
 
 QWEN3_LIKE = """{%- set ns = namespace(last_query=0) %}
 {%- for message in messages %}

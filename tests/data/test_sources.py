@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sftjax.data import sources
+from sftjax.data import files as reading
 from sftjax.data.sources import open_source
 from sftjax.data.types import RowError
 from sftjax.errors import ConfigError, DataError, StorageError
@@ -213,7 +213,7 @@ def test_text_by_line_paragraph_or_file(tmp_path, unit, rows):
 
 
 def test_large_lines_and_chunk_borders(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK", 7)
+    monkeypatch.setattr(reading, "CHUNK", 7)
     path = write(tmp_path / "a.jsonl", lines(ROWS))
     source = open_source(path)
     assert [source[i] for i in range(len(source))] == ROWS

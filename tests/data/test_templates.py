@@ -6,10 +6,11 @@ import time
 
 import jinja2
 import pytest
-from tiny import CHATML, chat
 
 from sftjax.data import templates
-from sftjax.data.rendering import MARK, Renderer, TemplateError
+from sftjax.data.rendering import MARK, Renderer
+from sftjax.data.sandbox import TemplateError
+from tests.data.tiny import CHATML, chat
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 DRAWN = {
@@ -108,8 +109,9 @@ def test_templates_that_may_look_ahead_are_not_proved(text):
 
 
 def test_rendering_equals_transformers(tmp_path):
-    from tiny import byte_level
     from transformers import PreTrainedTokenizerFast
+
+    from tests.data.tiny import byte_level
 
     hf = PreTrainedTokenizerFast.from_pretrained(byte_level(tmp_path))
     features = (

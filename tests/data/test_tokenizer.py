@@ -6,11 +6,11 @@ import random
 
 import pytest
 from sentencepiece import SentencePieceProcessor
-from tiny import CHATML, CORPUS, byte_level, chat, sentencepiece
 
 from sftjax.data import templates
 from sftjax.data import tokenizer as tokenizers
 from sftjax.errors import ConfigError
+from tests.data.tiny import CHATML, CORPUS, byte_level, chat, sentencepiece
 
 
 def lines(count: int = 1000) -> list[str]:

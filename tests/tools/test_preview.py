@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.tiny import byte_level, chat
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-
-from tiny import byte_level, chat  # noqa: E402
-
 ROWS = [
     json.dumps({"messages": chat("Which <|im_end|>?", "<b>Paris</b>\x1b[31m", "And?", "Rome")}),
     json.dumps({"messages": chat("Q")}),
