@@ -63,8 +63,8 @@ def defaults() -> ConfigDict:
     config.data.format = "auto"
     config.data.max_length = 2048
     config.data.over_length = "truncate"
-    config.data.packing = "first_fit"
-    config.data.packing_bins = 64
+    config.data.packing = "best_fit"
+    config.data.packing_bins = 0  # rows kept open at once; 0: by the length
     config.data.max_segments = 32
     config.data.train_on = "all"
     config.data.on_mask_error = "unroll"

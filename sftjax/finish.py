@@ -91,17 +91,21 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
     adapting = "adapter" in variables
     dtype = jnp.dtype(config.export.dtype)
     if adapting and not config.export.merge:
-        peft_format.save_adapter(folder, variables["adapter"], job.spec, opened.config, base_model=config.model.path)
+        peft_format.save_adapter(folder, variables["adapter"], job.spec, job.model_config, base_model=config.model.path)
         opened.tokenizer.save(folder)
-        adapter, _ = peft_format.load_adapter(folder, opened.config)
+        adapter, _ = peft_format.load_adapter(folder, job.model_config)
         reloaded = {**variables, "adapter": adapter}
         expected, against = variables, "the base weights in memory with the adapter read back"
     else:
         # A merge is computed in float32 and rounded once, to the dtype of the export.
-        params = merge.merge(variables["params"], variables["adapter"], dtype=jnp.float32) if adapting else variables["params"]
+        params = (
+            merge.merge(variables["params"], variables["adapter"], dtype=jnp.float32)
+            if adapting
+            else variables["params"]
+        )
         export.export_model(
             folder,
-            opened.config,
+            job.model_config,
             params,
             dtype=dtype,
             source=opened.files,
@@ -109,7 +113,7 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
             stop_ids=opened.tokenizer.stop_ids,
         )
         expected = {"params": jax.tree.map(lambda leaf: leaf.astype(dtype), params)}
-        reloaded = {"params": hf.load_params(folder, opened.config, dtype, shardings_of(expected["params"]))}
+        reloaded = {"params": hf.load_params(folder, hf.load_config(folder), dtype)}
         against = f"the weights in memory, rounded to {dtype.name}"
     figures = compare_logits(job, expected, reloaded)
     figures["compared_with"] = against
@@ -123,10 +127,6 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
     if not passed:
         raise RuntimeError(f"{folder}: the exported model differs from the trained one: {figures}")
     return figures
-
-
-def shardings_of(params):
-    return jax.tree.map(lambda leaf: leaf.sharding, params)
 
 
 def compare_logits(job, expected, reloaded) -> dict[str, Any]:
@@ -182,7 +182,11 @@ def say(job, summary: dict[str, Any]) -> None:
     if "export" in summary:
         adapter = "adapter" in tree.merge(job.program.abstract_state.trainable, job.program.abstract_frozen)
         alone = not adapter or job.config.export.merge
-        model = f"--model {summary['export']}" if alone else f"--model {job.config.model.path} --adapter {summary['export']}"
+        model = (
+            f"--model {summary['export']}"
+            if alone
+            else f"--model {job.config.model.path} --adapter {summary['export']}"
+        )
         print(f"chat:    python tools/generate.py {model} --interactive")
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from sftjax.data import tokenizer as tokenizers
@@ -39,8 +41,14 @@ class Opened:
         return max(0, self.tokenizer.vocab_size - self.config.vocab_size) if self.tokenizer.added_tokens else 0
 
     def fingerprint(self) -> str:
-        """Hex digest of the weights' identity: names, shapes, and a sample of the bytes of each tensor's file."""
-        return hf.fingerprint(self.files)
+        """Hex digest that tells these weights from others: every tensor's name, shape and first values."""
+        source, _ = hf.open_source(self.files)
+        total = hashlib.sha256(json.dumps(self.files.raw_config, sort_keys=True, default=str).encode())
+        for name, (shape, dtype) in sorted(source.shapes().items()):
+            head = np.zeros((1,) * (len(shape) - 1) + shape[-1:], np.float32)
+            source.read(name, tuple(slice(0, size) for size in head.shape), head)
+            total.update(f"{name}{shape}{dtype}".encode() + head.tobytes())
+        return total.hexdigest()[:32]
 
 
 def open_model(path: str, *, chat_template: str = "", end_of_turn: str = "") -> Opened:
@@ -51,9 +59,7 @@ def open_model(path: str, *, chat_template: str = "", end_of_turn: str = "") -> 
     """
     files = hf.open_model(path)
     with _tokenizer_folder(files) as folder:
-        tokenizer = tokenizers.load(
-            folder, chat_template=chat_template or None, end_of_turn=end_of_turn or None
-        )
+        tokenizer = tokenizers.load(folder, chat_template=chat_template or None, end_of_turn=end_of_turn or None)
     if tokenizer.vocab_size > files.config.vocab_size and not tokenizer.added_tokens:
         raise ConfigError(
             f"{files.path}: the tokenizer has {tokenizer.vocab_size} ids but the embedding has "

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sftjax import config as config_lib
@@ -42,18 +41,22 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    from sftjax import train  # after the flags, so that --help and mistakes answer at once
-
     if len(argv) > 1:
         raise ConfigError(f"unexpected argument {argv[1]!r}: fields are set as --config.train.learning_rate=1e-5")
+    if not (_CONFIG.value or _RESUME.value):
+        raise ConfigError("give --config=configs/NAME.py, or --resume=RUN_FOLDER")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches
+    from sftjax import train  # after the flags, so that --help and mistakes answer at once
+
     if _RESUME.value:
         return train.resume(_RESUME.value, config=_CONFIG.value, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
-    if _CONFIG.value is None:
-        raise ConfigError("give --config=configs/NAME.py, or --resume=RUN_FOLDER")
     return train.run(_CONFIG.value, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
 
 
+def main_or_message(argv: Sequence[str]) -> None:
+    exit_with_message(lambda: main(argv))
+
+
 if __name__ == "__main__":
-    exit_with_message(
-        lambda: app.run(lambda argv: sys.exit(exit_with_message(lambda: main(argv))), flags_parser=parse_flags)
-    )
+    exit_with_message(lambda: app.run(main_or_message, flags_parser=parse_flags))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sftjax.data import formats
 from sftjax.data.types import RowError
 from sftjax.errors import DataError
 from sftjax.generate import sample
@@ -41,14 +42,13 @@ def choose_prompts(path: str, held_out, count: int) -> list[Conversation]:
 
 def _opening(ingredient, row: int) -> Conversation:
     """The messages up to the first answer; empty for rows that aren't conversations."""
+    encode = ingredient.encode
     try:
-        messages = ingredient.encode.messages(ingredient.source[row])
+        example = next(iter(formats.parse(ingredient.source[row], encode.format, encode.fields)), None)
     except RowError:
         return []
-    for number, message in enumerate(messages):
-        if message.get("role") == "assistant":
-            return messages[:number]
-    return []
+    messages = getattr(example, "messages", [])
+    return next((messages[:n] for n, message in enumerate(messages) if message["role"] == "assistant"), [])
 
 
 def read_prompts(path: str) -> list[Conversation]:

@@ -1,9 +1,9 @@
 """A training run, top to bottom: model, data, program, restore, loop, export.
 
-    setup      the run folder is locked, model and data are opened and checked (preflight), shapes are settled
-    restore    weights are read; a run that was interrupted goes on from its newest sound checkpoint, bit for bit
-    loop       step, log (one step late, so that logging never holds up the device), evaluate, save
-    finish     the best checkpoint is exported, loaded again, compared; report and summary (`finish.py`)
+setup      the run folder is locked, model and data are opened and checked (preflight), shapes are settled
+restore    weights are read; a run that was interrupted goes on from its newest sound checkpoint, bit for bit
+loop       step, log (one step late, so that logging never holds up the device), evaluate, save
+finish     the best checkpoint is exported, loaded again, compared; report and summary (`finish.py`)
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ import jax
 import numpy as np
 
 from sftjax import config as config_lib
-from sftjax import finish, loading, metrics, optim, program, runs, samples, stopping, tree
+from sftjax import finish, loading, optim, program, runs, samples, stopping, tree
 from sftjax.checkpoint import Checkpointer
 from sftjax.data import pipeline as pipelines
 from sftjax.data import preflight as preflights
-from sftjax.data import subsets
+from sftjax.data import preview, subsets
 from sftjax.data.encode import RowEncoder
 from sftjax.data.mixture import Ingredient, Mixture
 from sftjax.data.sources import open_source
+from sftjax.data.types import RowError
 from sftjax.errors import ConfigError, Diverged
 from sftjax.evaluate import Evaluation, Patience, evaluate
 from sftjax.models import decoder
+from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
 from sftjax.peft import lora
 from sftjax.peft.spec import AdapterSpec
-from sftjax.weights import hf, peft_format
+from sftjax.runlog import RunLog
+from sftjax.weights import hf, peft_format, vocab
 
 
 def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bool = False) -> int:
@@ -97,6 +100,7 @@ class Job:
     config: config_lib.ConfigDict
     folder: runs.RunFolder
     opened: loading.Opened
+    model_config: ModelConfig  # of what is trained: the vocabulary may have grown
     spec: AdapterSpec
     program: program.Program
     schedule: Any
@@ -152,7 +156,11 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     if saved is not None:
         environment = folder.read_json("environment.json") or {}
         notes = runs.check_resume(
-            saved, json.loads(config_lib.to_json(config)), environment.get("fingerprints", {}), fingerprints, allow=allow
+            saved,
+            json.loads(config_lib.to_json(config)),
+            environment.get("fingerprints", {}),
+            fingerprints,
+            allow=allow,
         )
         print(*notes, sep="\n")
     folder.write_json("config.json", json.loads(config_lib.to_json(config)))
@@ -163,13 +171,17 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     report.print()
     report.check()
     total_steps = config.train.max_steps or report.steps
-    spec = adapter_spec(config)
-    job_program, schedule = build_program(config, opened, spec, mesh, total_steps)
+    model_config = grown(config, opened)
+    spec = adapter_spec(config, model=model_config, grows=opened.new_tokens > 0)
+    job_program, schedule = build_program(config, model_config, spec, mesh, total_steps)
     announce(config, job_program, total_steps)
+    if jax.process_index() == 0:
+        write_masks(folder, mixture, opened.tokenizer)
     return Job(
         config,
         folder,
         opened,
+        model_config,
         spec,
         job_program,
         schedule,
@@ -215,9 +227,28 @@ def open_data(config: config_lib.ConfigDict, tokenizer) -> tuple[Mixture, Mixtur
     return mixture, held_out
 
 
-def adapter_spec(config: config_lib.ConfigDict) -> AdapterSpec:
+def grown(config: config_lib.ConfigDict, opened: loading.Opened) -> ModelConfig:
+    """The model with room for the tokens that the chat template adds; says so."""
+    size = max(opened.config.vocab_size, opened.tokenizer.vocab_size)
+    rows = vocab.padded_size(size, config.model.pad_vocab_to_multiple_of)
+    if size > opened.config.vocab_size:
+        print(
+            f"vocabulary: {opened.config.vocab_size} -> {size} for {', '.join(opened.tokenizer.added_tokens)}; "
+            "the new rows start as the mean of the others and are trained"
+        )
+    if rows == opened.config.vocab_size:
+        return opened.config
+    return opened.config.replace(vocab_size=rows, valid_vocab=size if rows > size else opened.config.valid_vocab)
+
+
+def adapter_spec(config: config_lib.ConfigDict, *, model: ModelConfig, grows: bool) -> AdapterSpec:
+    """What is trained. New tokens are of no use untrained, so with an adapter the embedding is trained in full."""
     peft = config.peft
     targets = tuple(peft.target_modules)
+    saved = tuple(peft.modules_to_save)
+    if grows and peft.method != "none":
+        needed = ("embed_tokens",) if model.tie_word_embeddings else ("embed_tokens", "lm_head")
+        saved += tuple(name for name in needed if name not in saved)
     return AdapterSpec(
         method=peft.method,
         rank=peft.r,
@@ -228,18 +259,18 @@ def adapter_spec(config: config_lib.ConfigDict) -> AdapterSpec:
         alpha_pattern=tuple(peft.alpha_pattern),
         use_rslora=peft.use_rslora,
         init=peft.init_lora_weights,
-        modules_to_save=tuple(peft.modules_to_save),
+        modules_to_save=saved,
         bias=peft.bias,
         also_train=peft.also_train,
         bottleneck_size=peft.bottleneck_size,
     )
 
 
-def build_program(config, opened: loading.Opened, spec: AdapterSpec, mesh, total_steps: int):
+def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, total_steps: int):
     """The compiled steps (not compiled yet) and the schedule."""
     adapting = spec.method != "full"
     dtype = config.model.frozen_dtype if adapting else config.model.params_dtype
-    abstract = {"params": decoder.abstract_params(opened.config, dtype)}
+    abstract = {"params": decoder.abstract_params(model_config, dtype)}
     if adapting:
         initialise = functools.partial(lora.init, spec=spec)
         abstract["adapter"] = jax.eval_shape(initialise, jax.random.key(0), abstract["params"])
@@ -271,7 +302,7 @@ def build_program(config, opened: loading.Opened, spec: AdapterSpec, mesh, total
         neftune_alpha=config.train.neftune_noise_alpha,
     )
     built = program.build(
-        opened.config,
+        model_config,
         runtime,
         mesh,
         abstract,
@@ -292,12 +323,29 @@ def preflight(config, mixture: Mixture, tokenizer, micro_rows: int):
         accumulation=config.train.gradient_accumulation_steps,
         packing_strategy=config.data.packing,
         max_segments=config.data.max_segments,
-        packing_bins=config.data.packing_bins,
+        packing_bins=config.data.packing_bins or None,
         overlong=config.data.over_length,
         max_dropped=config.data.max_dropped_fraction,
         sample_rows=config.data.preflight_rows,
         max_steps=config.train.max_steps,
     )
+
+
+def write_masks(folder: runs.RunFolder, mixture: Mixture, tokenizer, count: int = 6) -> None:
+    """The first samples with what is trained in them, for the report."""
+    lines = []
+    for ingredient in mixture.ingredients:
+        for row in range(min(count, len(ingredient.source))):
+            try:
+                made = ingredient.encode(ingredient.source[row], row)
+            except RowError:
+                continue
+            for sample in made[:1]:
+                pieces = [{"text": text, "weight": weight} for text, weight in preview.runs(tokenizer, sample)]
+                lines.append(
+                    {"source": ingredient.source.name, "index": row, "sample": sample.sample, "pieces": pieces}
+                )
+    runs.write_text(folder.file("masks.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def announce(config, job_program: program.Program, total_steps: int) -> None:
@@ -347,10 +395,22 @@ def load_variables(job: Job) -> dict[str, Any]:
     abstract = tree.merge(job.program.abstract_state.trainable, job.program.abstract_frozen)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     dtype = next(iter(tree.flatten(abstract["params"]).values())).dtype
-    variables = {"params": hf.load_params(job.opened.files, job.opened.config, dtype, shardings["params"])}
+    own = job.opened.config
+    if job.model_config == own:
+        params = hf.load_params(job.opened.files, own, dtype, shardings["params"])
+    else:
+        params = hf.load_params(job.opened.files, own, dtype)
+        params, _ = vocab.resize_vocab(
+            params,
+            own,
+            job.model_config.valid_vocab or job.model_config.vocab_size,
+            job.config.model.pad_vocab_to_multiple_of,
+        )
+        params = jax.device_put(params, shardings["params"])
+    variables = {"params": params}
     if "adapter" in abstract:
         if job.config.peft.adapter_path:
-            adapter, _ = peft_format.load_adapter(job.config.peft.adapter_path, job.opened.config)
+            adapter, _ = peft_format.load_adapter(job.config.peft.adapter_path, job.model_config)
         else:
             adapter = lora.init(jax.random.key(job.config.seed), variables["params"], job.spec)
         variables["adapter"] = jax.device_put(adapter, shardings["adapter"])
@@ -372,7 +432,7 @@ def loop(job: Job, state, frozen, progress: Progress):
     patience = Patience(config.eval.early_stopping_patience, progress.best, progress.waited)
     with (
         checkpointer(job) as checkpoints,
-        metrics.Logger(job.folder.path, config, total_steps=job.total_steps, start_step=progress.step) as log,
+        open_log(job) as log,
         train_pipeline(job, rows, progress.position) as pipeline,
     ):
         if progress.step == 0:
@@ -388,10 +448,10 @@ def loop(job: Job, state, frozen, progress: Progress):
             state, figures = job.program.train_step(state, frozen, batch)
             if pending:
                 record(job, progress, pending, log)
-            pending = (figures, item)
             progress.step += 1
             progress.position = item.position
             step = progress.step
+            pending = (step, figures, item)
             done = step == job.total_steps
             stopping_now = job.stop.reached(step)
             evaluating = done or (config.eval.eval_steps and step % config.eval.eval_steps == 0)
@@ -399,8 +459,10 @@ def loop(job: Job, state, frozen, progress: Progress):
             if evaluating or saving or stopping_now:
                 record(job, progress, pending, log)
                 pending = None
-                stop_early = save(job, checkpoints, state, frozen, progress, patience, log, evaluating and not stopping_now)
-            if stopping_now:
+                stop_early = save(
+                    job, checkpoints, state, frozen, progress, patience, log, evaluating and not stopping_now
+                )
+            if stopping_now and not done:
                 checkpoints.wait()
                 raise stopping.StopRequested(
                     f"stopped after step {step}, which is saved; the same command continues the run"
@@ -408,8 +470,17 @@ def loop(job: Job, state, frozen, progress: Progress):
         if pending:  # the data ended before the number of steps that was foreseen
             record(job, progress, pending, log)
             save(job, checkpoints, state, frozen, progress, patience, log, True)
-        log.finish(progress)
     return state
+
+
+def open_log(job: Job) -> RunLog:
+    return RunLog(
+        job.folder.path,
+        total_steps=job.total_steps,
+        tensorboard=job.config.log.tensorboard,
+        wandb_project=job.config.log.wandb_project,
+        config=runs.redact(job.config.to_dict()),
+    )
 
 
 def train_pipeline(job: Job, rows: Sequence[int], position: dict[str, Any] | None) -> pipelines.Pipeline:
@@ -421,7 +492,7 @@ def train_pipeline(job: Job, rows: Sequence[int], position: dict[str, Any] | Non
         accumulation=config.train.gradient_accumulation_steps,
         packing_strategy=config.data.packing,
         max_segments=config.data.max_segments,
-        packing_bins=config.data.packing_bins,
+        packing_bins=config.data.packing_bins or None,
         overlong=config.data.over_length,
         max_dropped=config.data.max_dropped_fraction,
         pad_id=job.opened.tokenizer.pad_id,
@@ -437,9 +508,10 @@ def record(job: Job, progress: Progress, pending, log) -> None:
     Raises:
       Diverged: too many steps in a row weren't finite.
     """
-    figures, item = pending
-    figures = {name: float(value) for name, value in figures.items()}
+    step, figures, item = pending
+    figures = {name: float(value) for name, value in jax.device_get(figures).items()}
     info = item.info
+    log.finished(info, figures["trained"])
     progress.num_tokens += info.real_tokens
     progress.num_examples += info.num_examples
     window = progress.window
@@ -453,20 +525,20 @@ def record(job: Job, progress: Progress, pending, log) -> None:
     else:
         window["skipped"] = window.get("skipped", 0) + 1
         window["skipped_in_a_row"] = window.get("skipped_in_a_row", 0) + 1
-        log.not_finite(progress.step, figures, [key for micro in info.examples for row in micro for key in row])
+        log.not_finite(step, figures, [key for micro in info.examples for row in micro for key in row])
         if window["skipped_in_a_row"] >= job.config.train.max_nonfinite_steps:
             raise Diverged(
                 f"{int(window['skipped_in_a_row'])} steps in a row had a loss or gradient that is not finite, the last "
-                f"is step {progress.step}; none was applied. The rows are in nonfinite.jsonl. Lower "
+                f"is step {step}; none was applied. The rows are in nonfinite.jsonl. Lower "
                 "train.learning_rate, look at those rows, or compute in float32"
             )
-    if progress.step % job.config.train.logging_steps == 0 or progress.step == job.total_steps:
-        log.step(
-            progress.step,
+    if step % job.config.train.logging_steps == 0 or step == job.total_steps:
+        log.figures(
+            step,
             {
                 "loss": window["nll"] / window["weight"] if window.get("weight") else math.nan,
                 "grad_norm": figures["grad_norm"],
-                "learning_rate": float(job.schedule(progress.step - 1)),
+                "learning_rate": float(job.schedule(step - 1)),
                 "epoch": info.epoch,
                 "num_tokens": progress.num_tokens,
                 "num_trained_tokens": progress.num_trained_tokens,
@@ -477,7 +549,7 @@ def record(job: Job, progress: Progress, pending, log) -> None:
             },
         )
         progress.window = {"skipped_in_a_row": window["skipped_in_a_row"]}
-    log.tick(progress.step, info, figures["trained"])
+    log.progress(step)
 
 
 def save(job: Job, checkpoints, state, frozen, progress: Progress, patience: Patience, log, evaluating: bool) -> bool:
@@ -487,7 +559,9 @@ def save(job: Job, checkpoints, state, frozen, progress: Progress, patience: Pat
         figures = measure(job, state, frozen, log, progress.step)
         stop_early = patience.update(figures["eval_loss"])
         progress.best, progress.waited = patience.best, patience.waited
-    checkpoints.save(progress.step, state, progress.position, progress.to_json(), figures)
+    log.flush()
+    with log.throughput.pause():
+        checkpoints.save(progress.step, state, progress.position, progress.to_json(), figures)
     return stop_early
 
 
@@ -495,11 +569,12 @@ def measure(job: Job, state, frozen, log, step: int) -> dict[str, float]:
     """Held-out loss and sampled answers, written down; the evaluation's figures."""
     if job.held_out is None:
         return {}
-    evaluation = evaluate_held_out(job, state, frozen)
-    evaluation_to_file(job, evaluation, step)
-    log.evaluation(step, evaluation.metrics())
-    variables = tree.merge(state.trainable, frozen)
-    log.samples(step, samples.answer(job.program, variables, job.opened.tokenizer, job.prompts, job.config.eval))
+    with log.throughput.pause():
+        evaluation = evaluate_held_out(job, state, frozen)
+        evaluation_to_file(job, evaluation, step)
+        log.evaluation(step, evaluation.metrics())
+        variables = tree.merge(state.trainable, frozen)
+        log.samples(step, samples.answer(job.program, variables, job.opened.tokenizer, job.prompts, job.config.eval))
     return evaluation.metrics()
 
 

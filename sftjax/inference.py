@@ -1,0 +1,73 @@
+"""What the tools do with a model that is ready: score a file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import orjson
+
+from sftjax import loading
+from sftjax.data.encode import RowEncoder
+from sftjax.data.sources import open_source
+from sftjax.errors import StorageError
+from sftjax.score import encode_rows, score_samples
+
+
+def score_file(
+    *,
+    model: str,
+    data: str,
+    out: str,
+    adapter: str | None = None,
+    dtype: str = "float32",
+    per_token: bool = False,
+    format: str = "auto",
+    chat_template: str | None = None,
+    train_on: str = "all",
+) -> int:
+    """Scores every row of a file; see `tools/score.py` for the lines. Returns the exit code."""
+    with written_whole(out) as file:
+        source = open_source({"path": data})
+        loaded = loading.load_model(model, adapter=adapter, dtype=dtype, chat_template=chat_template or "")
+        encoder = RowEncoder(loaded.tokenizer, format=format, train_on=train_on, on_mask_error="unroll")
+        samples, errors = encode_rows(source, encoder)
+        lines = {}
+        for number, line in score_samples(
+            loaded.config, loaded.runtime, loaded.variables, samples, per_token=per_token
+        ):
+            lines[number] = line
+            if sys.stderr.isatty():
+                print(f"\r{len(lines)}/{len(samples)}", end="", file=sys.stderr, flush=True)
+        rows = sorted([*lines.values(), *errors], key=lambda line: (line["index"], line.get("sample", 0)))
+        file.writelines(orjson.dumps(line) + b"\n" for line in rows)
+    nll, trained = (sum(line[key] for line in lines.values()) for key in ("nll", "num_trained_tokens"))
+    mean = f"{nll / trained:.6f} nats over {trained:,} trained tokens" if trained else "no trained token"
+    print(f"{out}: {len(lines)} samples, {mean}; {len(errors)} rows could not be used", file=sys.stderr)
+    return 0
+
+
+@contextlib.contextmanager
+def written_whole(path: str) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when complete.
+
+    Raises:
+      StorageError: it can't be written; known before any work is done.
+    """
+    part = f"{path}.part"
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        file = open(part, "wb")
+    except OSError as error:
+        raise StorageError(f"{path}: can't be written ({error.strerror}); choose another --out") from error
+    try:
+        with file:
+            yield file
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise

@@ -1,0 +1,95 @@
+"""What a run writes down while it goes: figures, timing, samples, the line that people watch."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import jax
+
+from sftjax.metrics import LineFile, MetricsLog, ProgressLine, Throughput
+
+
+class RunLog:
+    """The files of a run folder that grow, and the progress line. Other processes than the first keep silent.
+
+    Args:
+      folder: the run's folder.
+      total_steps: of the whole run.
+      logging_steps: steps per line of `metrics.jsonl`.
+    """
+
+    def __init__(self, folder: str, *, total_steps: int, tensorboard: bool, wandb_project: str, config: dict[str, Any]):
+        self._on = jax.process_index() == 0
+        self.throughput = Throughput()
+        self._loss, self._rate = math.nan, 0.0
+        if self._on:
+            self._metrics = MetricsLog(folder, tensorboard=tensorboard, wandb_project=wandb_project, config=config)
+            self._samples = LineFile(f"{folder}/samples.jsonl")
+            self._bad = LineFile(f"{folder}/nonfinite.jsonl")
+            self._line = ProgressLine(total_steps)
+
+    def __enter__(self) -> RunLog:
+        self.throughput.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._on:
+            self._line.close()
+            for file in (self._metrics, self._samples, self._bad):
+                file.close()
+
+    def finished(self, info, trained: float) -> None:
+        """A step is finished: counts for the speed. `info` is the batch's `BatchInfo`."""
+        total = info.real_tokens + info.padding_tokens
+        self.throughput.step(real=info.real_tokens, trained=int(trained), padded=total)
+
+    def figures(self, step: int, values: dict[str, Any]) -> None:
+        """A line of metrics, and of timing."""
+        self._loss, self._rate = values["loss"], values["learning_rate"]
+        if self._on:
+            self._metrics.log(step, values, self.throughput.rates.timing())
+
+    def progress(self, step: int) -> None:
+        """The line that people watch."""
+        if self._on:
+            self._line.update(step, self._loss, self._rate, self.throughput.rates)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        if self._on:
+            self._metrics.log(step, values)
+            self.say(
+                f"step {step}: held-out loss {values['eval_loss']:.4f}, perplexity {values['eval_perplexity']:.2f}, "
+                f"accuracy {values['eval_mean_token_accuracy']:.3f}"
+            )
+
+    def samples(self, step: int, answers: list[dict[str, Any]]) -> None:
+        if self._on:
+            for answer in answers:
+                self._samples.write({"step": step, **answer})
+
+    def not_finite(self, step: int, figures: dict[str, float], examples: list[tuple[int, int, int]]) -> None:
+        """A step that wasn't applied: the rows of its batch are written down as [source, row, sample]."""
+        if self._on:
+            self._bad.write({"step": step, "loss": figures["nll"], "grad_norm": figures["grad_norm"], "rows": examples})
+            self.say(f"step {step}: loss or gradient is not finite; the step is skipped (rows in nonfinite.jsonl)")
+
+    def flush(self) -> None:
+        """Before a checkpoint: lines up to its step must not be lost later."""
+        if self._on:
+            for file in (self._metrics, self._samples, self._bad):
+                file.flush()
+
+    def say(self, text: str) -> None:
+        if self._on:
+            self._line.note(text)
+
+
+def read_lines(path: str) -> list[dict[str, Any]]:
+    """The records of a JSONL file of a run; none if it isn't there."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except FileNotFoundError:
+        return []
