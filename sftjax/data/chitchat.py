@@ -16,7 +16,7 @@ from pathlib import Path
 
 import orjson
 
-from sftjax.data.formats import join_same_speaker
+from sftjax.data.conversations import join_same_speaker
 from sftjax.errors import DataError, StorageError
 
 INNER_PATH = "chitchat_dataset/dataset.json"

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sftjax.data import formats, masks
-from sftjax.data.formats import Conversation, Text, Tokens
+from sftjax.data import conversations, formats, masks
+from sftjax.data.conversations import Conversation
+from sftjax.data.formats import Text, Tokens
 from sftjax.data.tokenizer import Tokenizer
 from sftjax.data.types import RowError, Sample
 from sftjax.errors import ConfigError
@@ -126,9 +127,16 @@ class RowEncoder:
             return [self._render_text(example)]
         messages, weights = self._turns(example)
         kwargs = {**self.template_kwargs, **example.kwargs}
-        parts = masks.render(
-            self.tokenizer, messages, weights, tools=example.tools, kwargs=kwargs, on_mask_error=self.on_mask_error
-        )
+        options = {"tools": example.tools, "kwargs": kwargs, "on_mask_error": self.on_mask_error}
+        try:
+            parts = masks.render(self.tokenizer, messages, weights, **options)
+        except RowError as error:
+            if error.reason != "template_refused" or "TypeError" not in error.detail:
+                raise
+            as_text = conversations.arguments_as_text(messages)  # a few templates (DeepSeek's) join them as text
+            if as_text is None:
+                raise
+            parts = masks.render(self.tokenizer, as_text, weights, **options)
         if self.control_text == "error" and any("control_text" in part.flags for part in parts):
             raise RowError("control_text", "the text spells a control token")
         return parts
@@ -190,6 +198,8 @@ class RowEncoder:
         first, heads = 0, ()
         if prompt_length:
             first = int(masks.first_tokens(encoded, [prompt_length])[0])
+            if first == len(encoded.ids):
+                raise RowError("empty_answer", "the tokenizer leaves nothing of the completion")
             if encoded.starts[first] < prompt_length:
                 flags.append("straddle")
             heads = ((0, first, part.text[:prompt_length], part.hidden[:prompt_length]),)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sftjax.data import formats
-from sftjax.data.formats import Conversation, Text, Tokens
+from sftjax.data.conversations import Conversation
+from sftjax.data.formats import Text, Tokens
 from sftjax.data.types import RowError
 from sftjax.errors import ConfigError
 

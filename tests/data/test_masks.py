@@ -46,7 +46,7 @@ def encoder_of(folder, template=CHATML, kind="", name=None, **options) -> RowEnc
 
 
 def one(encoder, *contents, **row):
-    (sample,) = encoder({"messages": chat(*contents) if contents else None, **row})
+    (sample,) = encoder({"messages": chat(*contents), **row})
     return sample
 
 
@@ -243,6 +243,14 @@ def test_tool_calls_are_trained_and_results_are_not(tmp_path):
     assert (sample.tokens == number).sum() == 1  # the one of the template; the tool's is text
     call["function"]["arguments"] = {"x": [1, None]}
     assert encoder(row)[0].tokens.tolist() == sample.tokens.tolist()
+
+
+def test_templates_that_want_arguments_as_text_get_them(tmp_path):
+    template = TOOLS_LIKE.replace("(call.function | tojson)", "call.function.arguments")
+    call = {"function": {"name": "f", "arguments": {"x": "é"}}}
+    row = {"messages": [*chat("Q"), {"role": "assistant", "tool_calls": [call]}]}
+    sample = one(encoder := encoder_of(tmp_path, template, "thinking"), **row)
+    assert '[<tool_call>{"x": "é"}</tool_call><|im_end|>]' in drawn(encoder.tokenizer, sample)
 
 
 def test_what_a_model_writes_itself_stays_a_token_in_answers(tmp_path):

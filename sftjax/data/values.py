@@ -1,0 +1,94 @@
+"""What formats read rows with: values checked for their type, JSON text decoded, with one-line reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+
+from sftjax.data.types import RowError
+
+
+def kind(value) -> str:
+    """What a value is, in words."""
+    if value is None:
+        return "missing or null"
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuses what no text of a conversation should hold."""
+    if "\0" in text:
+        raise RowError("nul_character", f"{where} contains a NUL character")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RowError("not_unicode", f"{where} contains half of a surrogate pair") from None
+
+
+def text_of(row, key: str) -> str:
+    """A row's value that has to be text."""
+    value = row.get(key)
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise RowError("not_unicode", f"{key} is not UTF-8") from None
+    if not isinstance(value, str):
+        raise RowError("wrong_type", f"{key} is {kind(value)}, not text")
+    check_text(value, key)
+    return value
+
+
+def decoded(value, name: str):
+    """The value; JSON text as what it says, arrays and tuples as lists."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise RowError("not_unicode", f"{name} is not UTF-8") from None
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise RowError("wrong_type", f"{name} is text, and not JSON ({error})") from None
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, tuple):
+        value = list(value)
+    return value
+
+
+def list_of(row, key: str) -> list:
+    """A row's value that has to be a list, or a dict of lists."""
+    value = decoded(row.get(key), key)
+    if isinstance(value, Mapping):
+        value = list_of_dicts(value)
+    if not isinstance(value, list):
+        raise RowError("wrong_type", f"{key} is {kind(value)}, not a list")
+    return value
+
+
+def mapping_of(row, key: str) -> dict:
+    """A row's value that has to be an object, or nothing."""
+    value = row.get(key)
+    if value is None:
+        return {}
+    value = decoded(value, key)
+    if not isinstance(value, Mapping):
+        raise RowError("wrong_type", f"{key} is {kind(value)}, not an object")
+    return dict(value)
+
+
+def list_of_dicts(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """{"role": [a, b], "content": [c, d]} -> [{"role": a, "content": c}, {"role": b, "content": d}]; else None."""
+    values = [value for value in columns.values()]
+    if not values or not all(isinstance(value, (list, tuple, np.ndarray)) for value in values):
+        return None
+    if len({len(value) for value in values}) != 1:
+        return None
+    return [dict(zip(columns, items, strict=True)) for items in zip(*values, strict=True)]
