@@ -3,8 +3,8 @@
 8 bit: block-wise dynamic-tree quantisation (arXiv:2110.02861), a float32 maximum for each block of at most 256 numbers
 of a row: 2.03 bytes a parameter. The second moment is kept as its square root, which is what the update divides by:
 the map's seven decades then cover seven decades of gradient size, not three and a half, so that no small gradient
-meets a second moment that was rounded to nothing. bfloat16: four bytes, stochastically rounded, because an average
-that moves by a thousandth a step would otherwise never move.
+meets a second moment that was rounded to nothing. bfloat16: four bytes. Both are rounded stochastically, because an
+average that moves by a thousandth a step would otherwise never move.
 
 Parameters of fewer than 4,096 numbers a layer (norms, biases) keep float32 moments, as in bitsandbytes.
 """
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sftjax import tree
@@ -81,8 +82,9 @@ def scale_by_adam_8bit(
             mu = b1 * mu + (1 - b1) * gradient
             nu = b2 * jnp.square(root) + (1 - b2) * jnp.square(gradient)
             direction[path] = _direction(mu, nu, count, b1, b2, eps)
-            new[0][path], new[1][path] = _store(mu, mu_codes, mu_scales, signed=True)
-            new[2][path], new[3][path] = _store(jnp.sqrt(nu), nu_codes, nu_scales, signed=False)
+            seed = count.astype(jnp.uint32) * 2 + np.uint32(zlib.crc32(path.encode()))
+            new[0][path], new[1][path] = _store(mu, mu_codes, mu_scales, seed, signed=True)
+            new[2][path], new[3][path] = _store(jnp.sqrt(nu), nu_codes, nu_scales, seed + 1, signed=False)
         return _like(updates, direction), Adam8bitState(count, *(tree.unflatten(t) for t in new))
 
     return optax.GradientTransformation(init, update)
@@ -148,10 +150,11 @@ def _load(codes: Array, scales: Array, *, signed: bool) -> Array:
     return codes if codes.dtype == jnp.float32 else blockwise.dequantise(codes, scales, signed=signed)
 
 
-def _store(moment: Array, codes: Array, scales: Array, *, signed: bool) -> tuple[Array, Array]:
+def _store(moment: Array, codes: Array, scales: Array, seed: Array, *, signed: bool) -> tuple[Array, Array]:
     if codes.dtype == jnp.float32:
         return moment, scales
-    return blockwise.quantise(moment, codes.shape[-1] // scales.shape[-1], signed=signed)
+    noise = blockwise.hash_noise(moment.shape, seed)
+    return blockwise.quantise(moment, codes.shape[-1] // scales.shape[-1], signed=signed, noise=noise)
 
 
 def _like(template: tree.Tree, flat: dict[str, Array]) -> tree.Tree:

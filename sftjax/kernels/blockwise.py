@@ -86,20 +86,92 @@ def block_size(last_axis: int, shards: int = 1, largest: int = 256) -> int:
     return max(size for size in range(1, min(largest, part) + 1) if part % size == 0)
 
 
-def quantise(x: Array, block: int, *, signed: bool = True) -> tuple[Array, Array]:
+def quantise(x: Array, block: int, *, signed: bool = True, noise: Array | None = None) -> tuple[Array, Array]:
     """Codes u8 like x, and each block's largest magnitude, float32 `[..., last / block]`.
 
-    x [..., 512], block 256  ->  codes [..., 512], scales [..., 2]
+        x [..., 512], block 256  ->  codes [..., 512], scales [..., 2]
+
+    Args:
+      noise: like x, uniform in [0, 1): rounds up or down with probabilities that make the expectation exact (but below
+        a ten-millionth of the largest). None: to the nearest.
     """
     blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, block)
     scales = jnp.max(jnp.abs(blocks), axis=-1)
-    unit = blocks / jnp.where(scales == 0, 1.0, scales)[..., None]
-    return count_below(unit, thresholds(signed)).reshape(x.shape), scales
+    unit = (blocks / jnp.where(scales == 0, 1.0, scales)[..., None]).reshape(x.shape)
+    return encode(unit, signed=signed, noise=noise), scales
 
 
 def dequantise(codes: Array, scales: Array, *, signed: bool = True) -> Array:
     """The inverse of `quantise`, float32."""
     block = codes.shape[-1] // scales.shape[-1]
-    values = jnp.take(jnp.asarray(dynamic_map(signed)), codes, mode="clip")
-    blocks = values.reshape(*codes.shape[:-1], -1, block) * scales[..., None]
+    blocks = decode(codes, signed=signed).reshape(*codes.shape[:-1], -1, block) * scales[..., None]
     return blocks.reshape(codes.shape)
+
+
+# The map as arithmetic, for millions of numbers a step: a look-up is a gather, which runs one element at a time on
+# CPUs. Magnitude code c > 0 is a float with a binary exponent (the decade) and a linear fraction:
+#
+#     signed   decade e = floor(log2 c),         2**e values   unsigned   e = floor(log2(c + 1)) - 1, 2**(e + 1) values
+#     value = 10**(e - 6) * (0.1 + 0.9 * (fraction + half a step))
+
+
+def decode(codes: Array, *, signed: bool = True) -> Array:
+    """The map's value of each code, float32; equal to the table to 1e-6."""
+    if signed:
+        number = codes.astype(jnp.int32) - 127
+        magnitude = jnp.abs(number).astype(jnp.float32)
+    else:
+        number = codes.astype(jnp.int32)
+        magnitude = number.astype(jnp.float32) + 1.0
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(magnitude, 1.0), jnp.int32)
+    decade = (bits >> 23) - (127 if signed else 128)
+    # mantissa - 1 + half of 1 / 2**exponent, all by the bits of the float
+    fraction = (magnitude + 0.5) / jax.lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32) - 1.0
+    value = select(jnp.maximum(decade, 0), _DECADES) * (0.1 + 0.9 * fraction)
+    top = number == (128 if signed else 255)
+    value = jnp.where(top, 1.0, jnp.where(number == 0, 0.0, value))
+    return jnp.where(number < 0, -value, value)
+
+
+def encode(unit: Array, *, signed: bool = True, noise: Array | None = None) -> Array:
+    """Codes u8 of numbers in [-1, 1] (or [0, 1])."""
+    size = jnp.abs(unit)
+    decade = sum((size >= edge).astype(jnp.int32) for edge in _DECADES[:6])
+    steps = select(decade, _STEPS[1] if signed else _STEPS[2])  # values in the decade; the first one's code less offset
+    linear = (size * select(decade, _INVERSE) - 0.1) / 0.9 * steps - 0.5
+    position = linear + steps - (0.0 if signed else 1.0)
+    position = jnp.clip(position, 0.0, 128.0 if signed else 255.0)
+    rounded = jnp.round(position) if noise is None else jnp.floor(position + noise)
+    largest = 127 if signed else 254
+    magnitude = jnp.where(size >= _TOP[signed], largest + 1, jnp.minimum(rounded, largest).astype(jnp.int32))
+    magnitude = jnp.where(size == 0, 0, magnitude)
+    if not signed:
+        return magnitude.astype(jnp.uint8)
+    return (127 + jnp.where(unit < 0, -jnp.minimum(magnitude, 127), magnitude)).astype(jnp.uint8)
+
+
+_DECADES = np.asarray([10.0 ** (e - 6) for e in range(7)] + [10.0], np.float32)  # upper edges, the eighth unused
+_INVERSE = np.asarray([10.0 ** (6 - e) for e in range(7)] + [1.0], np.float32)
+_STEPS = {
+    1: np.asarray([2.0**e for e in range(8)], np.float32),
+    2: np.asarray([2.0 ** (e + 1) for e in range(8)], np.float32),
+}
+_TOP = {True: (0.99296874 + 1) / 2, False: (0.9964844 + 1) / 2}  # nearer to 1 than to the largest value below
+
+
+def hash_noise(shape: tuple[int, ...], seed: Array) -> Array:
+    """Uniform [0, 1) float32 from each element's index and a seed (u32): a few integer operations, no state.
+
+    Good enough to round with, not to sample with; the same on any sharding.
+    """
+    bits = jnp.full(shape, seed.astype(jnp.uint32))
+    for axis in range(len(shape)):
+        bits = _mix(bits ^ (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(0x9E3779B1)))
+    return (bits >> 8).astype(jnp.float32) * np.float32(2.0**-24)
+
+
+def _mix(bits: Array) -> Array:
+    """The finaliser of MurmurHash3."""
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)

@@ -32,9 +32,13 @@ def apply(h: Array, adapter: Mapping[str, Mapping[str, Array]], activation: str 
     """
     if not adapter:
         return h
-    down, up = adapter["down"], adapter["up"]
-    inner = ACTIVATIONS[activation](linear(h, down["weight"], down["bias"]))
-    return h + linear(inner, up["weight"], up["bias"])
+    inner = ACTIVATIONS[activation](_affine(h, adapter["down"]))
+    return h + _affine(inner, adapter["up"])
+
+
+def _affine(x: Array, leaves: Mapping[str, Array]) -> Array:
+    bias = leaves["bias"].astype(x.dtype)
+    return linear(x, leaves["weight"]) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def init(rng: Array, params: tree.Tree, spec: AdapterSpec) -> dict[str, Array]:

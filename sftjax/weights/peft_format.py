@@ -293,7 +293,10 @@ def _settings(
     grow = math.sqrt(doubled) if spec.use_rslora else doubled
     alpha_pattern = {name: value * grow for name, value in spec.alpha_pattern}
     plain = spec.replace(rank=rank, alpha=alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
-    if any(plain.rank_of(name) != r or not math.isclose(plain.scale_of(name), s) for name, (r, s) in exported.items()):
+    if any(
+        plain.rank_of(name) != r or not math.isclose(plain.scale_of(name), s, rel_tol=1e-6)
+        for name, (r, s) in exported.items()
+    ):
         # what the spec says of parts isn't true of the fused whole: spell it out
         rank_pattern = {re.escape(name): r for name, (r, _) in exported.items()}
         alpha_pattern = {
@@ -352,7 +355,8 @@ def _target_names(modules: list[str], chosen: Mapping[str, Any]) -> list[str]:
 
 
 def _whole(number: float) -> int | float:
-    return int(number) if float(number).is_integer() else float(number)
+    number = float(f"{number:.7g}")  # scales are float32
+    return int(number) if number.is_integer() else number
 
 
 def _write(directory: str | os.PathLike, name: str, content: bytes) -> None:
