@@ -92,8 +92,8 @@ def quantise(x: Array, block: int, *, signed: bool = True, noise: Array | None =
         x [..., 512], block 256  ->  codes [..., 512], scales [..., 2]
 
     Args:
-      noise: like x, uniform in [0, 1): rounds up or down with probabilities that make the expectation exact (but below
-        a ten-millionth of the largest). None: to the nearest.
+      noise: like x, uniform in [0, 1): rounds up or down with probabilities that make the expectation exact. None: to
+        the nearest.
     """
     blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, block)
     scales = jnp.max(jnp.abs(blocks), axis=-1)
@@ -134,29 +134,29 @@ def decode(codes: Array, *, signed: bool = True) -> Array:
 
 
 def encode(unit: Array, *, signed: bool = True, noise: Array | None = None) -> Array:
-    """Codes u8 of numbers in [-1, 1] (or [0, 1])."""
+    """Codes u8 of numbers in [-1, 1] (or [0, 1]), as `quantise` says.
+
+    A number's place among the codes is linear between neighbouring values: within a decade, which in units of its
+    upper edge starts at 0.1 + 0.45 / n and goes on in n steps of 0.9 / n, and across the wider gaps between decades.
+    """
     size = jnp.abs(unit)
     decade = sum((size >= edge).astype(jnp.int32) for edge in _DECADES[:6])
-    steps = select(decade, _STEPS[1] if signed else _STEPS[2])  # values in the decade; the first one's code less offset
-    linear = (size * select(decade, _INVERSE) - 0.1) / 0.9 * steps - 0.5
-    position = linear + steps - (0.0 if signed else 1.0)
-    position = jnp.clip(position, 0.0, 128.0 if signed else 255.0)
-    rounded = jnp.round(position) if noise is None else jnp.floor(position + noise)
-    largest = 127 if signed else 254
-    magnitude = jnp.where(size >= _TOP[signed], largest + 1, jnp.minimum(rounded, largest).astype(jnp.int32))
-    magnitude = jnp.where(size == 0, 0, magnitude)
+    n = jax.lax.bitcast_convert_type((decade + (127 if signed else 128)) << 23, jnp.float32)  # 2**e or 2**(e + 1)
+    y = size * select(decade, _INVERSE)
+    place = (y - 0.1) / 0.9 * n - 0.5
+    below = jnp.where(decade == 0, y / (0.1 + 0.45 / n) - 1.0, (y - 0.1 + 0.09 / n) * (n / 0.54) - 1.0)
+    above = n - 1.0 + (y - 1.0 + 0.45 / n) * n / jnp.where(decade == 6, 0.45, 2.7)
+    place = jnp.where(place < 0, below, jnp.where(place > n - 1, above, place))
+    place = place + n - (0.0 if signed else 1.0)  # the decade's first code
+    code = jnp.round(place) if noise is None else jnp.floor(place + noise)
+    code = jnp.clip(code, 0, 128 if signed else 255).astype(jnp.int32)
     if not signed:
-        return magnitude.astype(jnp.uint8)
-    return (127 + jnp.where(unit < 0, -jnp.minimum(magnitude, 127), magnitude)).astype(jnp.uint8)
+        return code.astype(jnp.uint8)
+    return (127 + jnp.where(unit < 0, -jnp.minimum(code, 127), code)).astype(jnp.uint8)  # there is no -1
 
 
 _DECADES = np.asarray([10.0 ** (e - 6) for e in range(7)] + [10.0], np.float32)  # upper edges, the eighth unused
 _INVERSE = np.asarray([10.0 ** (6 - e) for e in range(7)] + [1.0], np.float32)
-_STEPS = {
-    1: np.asarray([2.0**e for e in range(8)], np.float32),
-    2: np.asarray([2.0 ** (e + 1) for e in range(8)], np.float32),
-}
-_TOP = {True: (0.99296874 + 1) / 2, False: (0.9964844 + 1) / 2}  # nearer to 1 than to the largest value below
 
 
 def hash_noise(shape: tuple[int, ...], seed: Array) -> Array:
