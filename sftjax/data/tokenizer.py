@@ -117,7 +117,10 @@ class Tokenizer:
           hidden: the same texts (same lengths) with each control token that is *data* written in private-use
             characters by `hide_control_tokens`; equal to the text where there is none.
         """
-        encodings = self.backend.encode_batch(list(hidden), add_special_tokens=False)
+        if len(hidden) == 1:  # without waking threads
+            encodings = [self.backend.encode(hidden[0], add_special_tokens=False)]
+        else:
+            encodings = self.backend.encode_batch(list(hidden), add_special_tokens=False)
         return [
             _places(encoding) if text == cover else self._patch(text, cover, _places(encoding))
             for text, cover, encoding in zip(texts, hidden, encodings, strict=True)
