@@ -1,9 +1,10 @@
-"""A model, or what a run has trained, as a Hugging Face folder (`tools/convert.py`)."""
+"""A model, or what a run has trained, as a Hugging Face folder or GGUF file (`tools/convert.py`)."""
 
 from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,31 +15,49 @@ import jax.numpy as jnp
 from sftjax import checkpoint, loading, tree
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError
+from sftjax.models.config import ModelConfig
 from sftjax.peft import lora, merge
-from sftjax.weights import export, hf, peft_format, vocab
+from sftjax.weights import export, families, gguf_write, hf, peft_format, vocab
 
 
 def convert(source: str, target: str, *, adapter: str | None = None, dtype: str | None = None) -> list[str]:
-    """Writes `target`, a folder that `transformers` loads.
+    """Writes `target`, a folder that `transformers` loads, or a .gguf file.
 
     Args:
       source: HF folder, .gguf file, hub id, run folder, or `RUN/checkpoints/STEP`.
       adapter: PEFT folder to merge (in float32).
-      dtype: of the tensors; None: as the source has them (bfloat16 for GGUF; what the run's config says).
+      dtype: of the tensors; None: as the source has them (bfloat16 for GGUF; what the run's config says). For a
+        .gguf file "float16", "bfloat16" (None) or "q8_0".
 
     Returns:
       The names of the files written.
     """
+    if dtype == "q8_0" and not target.endswith(".gguf"):
+        raise ConfigError("q8_0 is a format of .gguf files; give --to a name that ends so")
     run = _run_of(source)
     if run is not None:
         return _convert_run(*run, target, adapter, dtype)
     files = hf.open_model(source)
+    if target.endswith(".gguf"):
+        params = hf.load_params(files, files.config, "float32")
+        return _write_gguf(target, files, files.config, _merged(params, adapter, files) if adapter else params, dtype)
     dtypes = hf.stored_dtypes(files) if dtype is None else dtype
     widest = "float32" if adapter or isinstance(dtypes, Mapping) else dtypes
     params = hf.load_params(files, files.config, widest)
     if adapter:
         params = _merged(params, adapter, files)
     return export.export_model(target, files.config, params, dtype=dtypes, source=files)
+
+
+def _write_gguf(target: str, files: hf.ModelFiles, config: ModelConfig, params: Any, dtype: str | None, tokenizer=None):
+    kinds = {None: "BF16", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
+    if dtype not in kinds:
+        raise ConfigError(f"{target}: matrices in GGUF can be float16, bfloat16 or q8_0, not {dtype}")
+    with tempfile.TemporaryDirectory(prefix="sftjax-gguf-") as folder:
+        export.write_tokenizer(folder, tokenizer, files)
+        model_type = families.family_of(files.raw_config)
+        gguf_write.write_gguf(target, config, params, kind=kinds[dtype], model_type=model_type, tokenizer_folder=folder)
+    return [os.path.basename(target)]
 
 
 def _merged(params: Any, adapter: str, files: hf.ModelFiles) -> Any:
@@ -71,6 +90,8 @@ def _convert_run(run: Path, step: int | None, target: str, adapter: str | None, 
     )
     _, trained, _ = checkpoint.restore_params(os.path.join(run, "checkpoints"), step=step)
     model, params = _trained_params(config, opened, trained)
+    if target.endswith(".gguf"):
+        return _write_gguf(target, opened.files, model, params, dtype, opened.tokenizer)
     return export.export_model(
         target,
         model,

@@ -1,9 +1,10 @@
-"""Turns a model, or what a run has trained, into a Hugging Face folder.
+"""Turns a model, or what a run has trained, into a Hugging Face folder (or a .gguf file).
 
   python tools/convert.py --from model.gguf --to folder
   python tools/convert.py --from runs/mine --to folder                        its newest checkpoint
   python tools/convert.py --from runs/mine/checkpoints/500 --to folder
   python tools/convert.py --from base --adapter runs/mine/export --to merged
+  python tools/convert.py --from folder --to model.gguf --dtype q8_0
 
 A run's own adapter is merged. The folder appears whole, or not at all.
 """
@@ -25,12 +26,12 @@ def main() -> int:
         required=True,
         help="Hugging Face folder, .gguf file, hub id, run folder, or RUN/checkpoints/STEP",
     )
-    parser.add_argument("--to", required=True, help="folder to write; empty, absent, or an earlier export")
+    parser.add_argument("--to", required=True, help="folder (absent, empty, or an earlier export) or .gguf file")
     parser.add_argument("--adapter", help="PEFT adapter folder to merge")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the tensors (default: as in the source; bfloat16 for GGUF)",
+        choices=("float32", "bfloat16", "float16", "q8_0"),
+        help="of the tensors (default: as in the source; bfloat16 from and to GGUF); q8_0 to .gguf only",
     )
     args = parser.parse_args()
 

@@ -222,17 +222,22 @@ def _readme(raw: Mapping[str, Any], dtype: np.dtype) -> str:
 
 def _write_tokenizer(target: _Target, tokenizer: SavesTokenizer | None, source: ModelFiles | None) -> None:
     with tempfile.TemporaryDirectory(prefix="sftjax-export-") as folder:
-        if tokenizer is not None:
-            tokenizer.save(folder)
-        elif source is not None and source.is_gguf:
-            write_tokenizer_files(source.path, folder)
-        elif source is not None:
-            origin = Folder(source.path)
-            for name in set(origin.names()) & set(_TOKENIZER_FILES):
-                Path(folder, name).write_bytes(origin.read_bytes(name))
+        write_tokenizer(folder, tokenizer, source)
         for name in sorted(os.listdir(folder)):
             with target.open(name) as out:
                 out.write(Path(folder, name).read_bytes())
+
+
+def write_tokenizer(folder: str, tokenizer: SavesTokenizer | None, source: ModelFiles | None) -> None:
+    """The tokenizer's files: of `tokenizer`, or else those that the model came with."""
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    elif source is not None and source.is_gguf:
+        write_tokenizer_files(source.path, folder)
+    elif source is not None:
+        origin = Folder(source.path)
+        for name in set(origin.names()) & set(_TOKENIZER_FILES):
+            Path(folder, name).write_bytes(origin.read_bytes(name))
 
 
 def _write_json(target: _Target, name: str, value: Mapping[str, Any]) -> None:

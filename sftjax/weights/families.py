@@ -105,8 +105,13 @@ def _biases(fields: Fields, *, mlp: bool = False) -> dict[str, bool]:
     return biases | {"mlp_bias": bool(fields.take("mlp_bias", False))} if mlp else biases
 
 
-def _rope(fields: Fields, sizes: Mapping[str, Any], theta: float = 10_000.0, **options: Any) -> Rope:
-    """The model's one RoPE setting. As in transformers, a `rope_scaling` wins over `rope_parameters`."""
+def _rope(
+    fields: Fields, sizes: Mapping[str, Any], theta: float = 10_000.0, *, partly: bool = False, **options: Any
+) -> Rope:
+    """The model's one RoPE setting. As in transformers, a `rope_scaling` wins over `rope_parameters`.
+
+    `partly`: the family may rotate a part of each head only.
+    """
     new, old = fields.take("rope_parameters"), fields.take("rope_scaling")
     theta, partial = fields.take("rope_theta", theta), fields.take("partial_rotary_factor", 1.0)
     original = fields.take("original_max_position_embeddings")
@@ -114,7 +119,7 @@ def _rope(fields: Fields, sizes: Mapping[str, Any], theta: float = 10_000.0, **o
     nested = [value for value in raw.values() if isinstance(value, Mapping)]
     if nested and all(value == nested[0] for value in nested) and len(nested) == len(raw):
         raw = nested[0]  # written per layer type, but all alike
-    return rope.read(
+    one = rope.read(
         raw,
         where=fields.where,
         head_dim=sizes["head_dim"],
@@ -124,6 +129,9 @@ def _rope(fields: Fields, sizes: Mapping[str, Any], theta: float = 10_000.0, **o
         original_max_position=original,
         **options,
     )
+    if one.dim != sizes["head_dim"] and not partly:
+        raise ConfigError(f"{fields.where}: partial_rotary_factor isn't known for this model type")
+    return one
 
 
 def _write_rope(config: ModelConfig, **options: Any) -> dict[str, Any]:
@@ -476,7 +484,7 @@ def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
 def _read_phi3(fields: Fields) -> ModelConfig:
     sizes = _sizes(fields, eps=1e-5, max_position=4096)
     # earlier releases called longrope "su" and "yarn"
-    one = _rope(fields, sizes, aliases={"su": "longrope", "yarn": "longrope"})
+    one = _rope(fields, sizes, partly=True, aliases={"su": "longrope", "yarn": "longrope"})
     return ModelConfig(**sizes, layers=_specs(_windows(fields, fields.take("sliding_window")), one))
 
 
@@ -673,7 +681,9 @@ def write_config(config: ModelConfig, *, dtype: str, like: Mapping[str, Any] | N
     """
     if like is None:
         name = _family_for(config)
-        out = FAMILIES[name].write(config)
+        # unset, or transformers takes the family's own ids, which may lie beyond this vocabulary
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        out = FAMILIES[name].write(config) | tokens
     else:
         name = family_of(like)
         out, was = FAMILIES[name].write(config), FAMILIES[name].write(read_config(like))

@@ -57,8 +57,9 @@ def write_gguf(
         _write_tensors(writer, architecture, config, leaves, gguf.GGMLQuantizationType[kind], vectors)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise StorageError(f"{path}: can't be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_fields(writer: gguf.GGUFWriter, architecture: str, config: ModelConfig) -> dict[str, np.ndarray]:

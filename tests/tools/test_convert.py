@@ -67,3 +67,11 @@ def test_a_run_isn_t_given_another_adapter(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="adapter"):
         convert.convert(str(tmp_path), str(tmp_path / "out"), adapter="x")
+
+
+def test_q8_0_is_for_gguf_only(tmp_path):
+    model = make(tmp_path / "in")
+    with pytest.raises(ConfigError, match="gguf"):
+        convert.convert(model.path, str(tmp_path / "out"), dtype="q8_0")
+    with pytest.raises(ConfigError, match="float32"):
+        convert.convert(model.path, str(tmp_path / "out.gguf"), dtype="float32")

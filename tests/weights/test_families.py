@@ -109,6 +109,7 @@ def test_aliases_leave_as_llama():
         ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "proportional"),
         ("llama", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section"),
         ("llama", {"hidden_act": "relu2"}, "relu2"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("llama", {"hidden_size": "big"}, "hidden_size"),
         ("llama", {"num_attention_heads": 5}, "num_attention_heads"),
         ("llama", {"layer_types": ["full_attention", "linear_attention"] * 2}, "layer_types"),
