@@ -114,7 +114,7 @@ def _trained_params(config: Any, opened: loading.Opened, trained: Mapping[str, A
         base, model = vocab.resize_vocab(base, model, rows.shape[0])
     variables = {"params": base}
     if "adapter" in trained:
-        spec = train.adapter_spec(config)
+        spec = train.adapter_spec(config, model=model, grows=opened.new_tokens > 0)
         if config.peft.adapter_path:
             variables["adapter"], _ = peft_format.load_adapter(config.peft.adapter_path, model)
         else:  # the constants beside what is trained
