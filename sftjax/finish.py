@@ -1,4 +1,4 @@
-"""The end of a run: the best checkpoint exported, loaded again and compared; what came of it, in words and in a page."""
+"""The end of a run: the best checkpoint exported, loaded again and compared; what came of it, in words and a page."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sftjax.checkpoint import Checkpointer
 from sftjax.data import pipeline as pipelines
 from sftjax.evaluate import Evaluation, bootstrap_difference
 from sftjax.models import decoder
+from sftjax.parallel import partition
 from sftjax.peft import merge
 from sftjax.weights import export, hf, peft_format
 
@@ -113,7 +114,9 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
             stop_ids=opened.tokenizer.stop_ids,
         )
         expected = {"params": jax.tree.map(lambda leaf: leaf.astype(dtype), params)}
-        reloaded = {"params": hf.load_params(folder, hf.load_config(folder), dtype)}
+        read = hf.load_config(folder)
+        places = partition.shardings({"params": decoder.abstract_params(read)}, job.program.mesh)
+        reloaded = {"params": hf.load_params(folder, read, dtype, places["params"])}
         against = f"the weights in memory, rounded to {dtype.name}"
     figures = compare_logits(job, expected, reloaded)
     figures["compared_with"] = against

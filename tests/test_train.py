@@ -1,0 +1,181 @@
+"""The main program as a user runs it, on a tiny model: figures, interruption, resume, devices, export."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sftjax.weights import hf
+from tests import tiny_run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    tiny_run.model(folder / "model")
+    tiny_run.conversations(folder / "chats.jsonl")
+    return folder
+
+
+def command(place, name, **fields):
+    return tiny_run.command(place / "model", place / "chats.jsonl", place / name, **fields)
+
+
+@pytest.fixture(scope="module")
+def unbroken(place):
+    """A run nobody disturbed: 20 steps, saved and evaluated every 5."""
+    tiny_run.run(command(place, "unbroken", **STEADY))
+    return place / "unbroken"
+
+
+STEADY = {"train__max_steps": 20, "eval__eval_steps": 5, "train__neftune_noise_alpha": 5.0, "data__packing": "best_fit"}
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    files = sorted((run / "export").glob("*.safetensors"))
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_a_run_leaves_what_it_promises(unbroken):
+    for name in ("config.json", "environment.json", "preflight.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl"):
+        assert (unbroken / name).exists(), name
+    summary = json.loads((unbroken / "summary.json").read_text())
+    assert summary["difference_95"][1] < 0 and summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert summary["verification"]["passed"] and summary["verification"]["max_difference"] < 1e-5
+    lines = tiny_run.lines(unbroken / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 5, 10, 15, 20]
+    assert {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "mean_token_accuracy"} <= lines[1].keys()
+    assert "<svg" in (unbroken / "report.html").read_text()
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "README.md"):
+        assert (unbroken / "export" / name).exists(), name
+    assert hf.load_config(unbroken / "export").vocab_size
+
+
+def assert_same_run(first: Path, second: Path):
+    assert (first / "metrics.jsonl").read_text() == (second / "metrics.jsonl").read_text()
+    assert weights(first) == weights(second)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen):
+    checkpoint = run / "checkpoints" / str(step)
+    while not checkpoint.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(place, unbroken):
+    line = command(place, "killed", **STEADY)
+    process = subprocess.Popen(line, cwd=tiny_run.ROOT, env=tiny_run.environment(), stderr=subprocess.PIPE, text=True)
+    wait_for_step(place / "killed", 10, process)
+    process.kill()
+    process.communicate()
+    resumed = tiny_run.run([*line[:3], f"--resume={place / 'killed'}"])
+    assert "continuing from step 1" in resumed.stdout
+    assert_same_run(unbroken, place / "killed")
+
+
+def test_sigterm_saves_and_says_so(place, unbroken):
+    line = command(place, "stopped", **STEADY)
+    process = subprocess.Popen(line, cwd=tiny_run.ROOT, env=tiny_run.environment(), stderr=subprocess.PIPE, text=True)
+    wait_for_step(place / "stopped", 5, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    tiny_run.run(line)
+    assert_same_run(unbroken, place / "stopped")
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_with_learning_rate_zero_the_logged_loss_is_the_score(place, packing):
+    name = f"score-{packing}"
+    tiny_run.run(
+        command(
+            place,
+            name,
+            train__learning_rate=0.0,
+            train__num_train_epochs=1.0,
+            data__packing=packing,
+            data__max_length=256,
+            data__eval_fraction=0.0,
+            export__enabled=False,
+        )
+    )
+    logged = [line for line in tiny_run.lines(place / name / "metrics.jsonl") if "loss" in line]
+    weight = np.array([line["loss_weight"] for line in logged])
+    train_loss = np.sum(weight * [line["loss"] for line in logged]) / weight.sum()
+    out = place / f"{name}.jsonl"
+    data, model = str(place / "chats.jsonl"), str(place / "model")
+    tiny_run.run(
+        [tiny_run.sys.executable, "tools/score.py", "--model", model, "--data", data, "--out", str(out)]
+    )
+    scored = tiny_run.lines(out)
+    nll, trained = (sum(row[key] for row in scored) for key in ("nll", "num_trained_tokens"))
+    assert trained == weight.sum() == logged[-1]["num_trained_tokens"]
+    assert train_loss == pytest.approx(nll / trained, rel=1e-5)
+
+
+def test_eight_devices_follow_one(place, unbroken):
+    plain = {**STEADY, "train__neftune_noise_alpha": 0.0, "train__batch_size": 8, "eval__num_samples": 0}
+    tiny_run.run(command(place, "one", **plain))
+    curves = {}
+    for name, mesh in {"one": {}, "fsdp": {}, "both": {"mesh__tensor": 2}}.items():
+        if name != "one":
+            tiny_run.run(command(place, name, **plain, **mesh), devices=8)
+        curves[name] = [line["loss"] for line in tiny_run.lines(place / name / "metrics.jsonl") if "loss" in line]
+    np.testing.assert_allclose(curves["fsdp"], curves["one"], rtol=1e-4)
+    np.testing.assert_allclose(curves["both"], curves["one"], rtol=1e-4)
+
+
+def test_a_dry_run_stops_before_the_first_step(place):
+    done = tiny_run.run([*command(place, "dry"), "--dry_run"])
+    assert "trainable parameters" in done.stdout and "steps" in done.stdout
+    assert not (place / "dry" / "metrics.jsonl").exists()
+
+
+def test_mistakes_are_one_line_with_their_code(place):
+    bad = place / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n' * 20)
+    only_questions = tiny_run.run(tiny_run.command(place / "model", bad, place / "r1"), code=65)
+    assert "no_assistant" in only_questions.stderr or "nothing is trained" in only_questions.stderr
+    missing = tiny_run.run(tiny_run.command(place / "nowhere", bad, place / "r2"), code=78)
+    assert "nowhere" in missing.stderr
+    (place / "file").write_text("")
+    blocked = tiny_run.run(command(place, "file/run"), code=74)
+    assert "can't be written" in blocked.stderr
+    for done in (only_questions, missing, blocked):
+        assert "Traceback" not in done.stderr
+
+
+def test_changed_settings_are_refused_by_name(place, unbroken):
+    import shutil
+
+    shutil.copytree(unbroken, place / "changed")
+    (place / "changed" / "summary.json").unlink()
+    refused = tiny_run.run(command(place, "changed", **{**STEADY, "train__learning_rate": 1e-3}), code=78)
+    assert "train.learning_rate" in refused.stderr and "--allow=" in refused.stderr
+
+
+def test_a_lora_run_is_exported_as_peft_wants_it(place):
+    tiny_run.run(command(place, "lora", peft__method="lora", peft__r=4, train__max_steps=6, train__learning_rate=1e-2))
+    export = place / "lora" / "export"
+    settings = json.loads((export / "adapter_config.json").read_text())
+    assert settings["r"] == 4 and settings["peft_type"] == "LORA"
+    assert (export / "adapter_model.safetensors").exists()
+    summary = json.loads((place / "lora" / "summary.json").read_text())
+    assert summary["verification"]["passed"]
+    answers = place / "answers.jsonl"
+    (place / "prompts.txt").write_text("the red cat sees\n")
+    tiny_run.run(
+        [
+            tiny_run.sys.executable,
+            "tools/generate.py",
+            *("--model", str(place / "model"), "--adapter", str(export), "--prompts", str(place / "prompts.txt")),
+            *("--out", str(answers), "--greedy", "--max_new_tokens", "8"),
+        ]
+    )
+    assert tiny_run.lines(answers)[0]["num_tokens"] > 0
