@@ -1,0 +1,59 @@
+"""Training speed of this machine: real (unpadded) tokens per second and peak memory, by running the main program.
+
+With --peer_python, the Python of an environment that has torch, trl, peft and datasets, the same job is run with TRL's
+SFTTrainer in the same sitting, in turn, and the ratio is printed.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sftjax import bench
+from sftjax.errors import exit_with_message
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=".cache/quickstart/SmolLM2-135M-Instruct", help="Hugging Face folder")
+    parser.add_argument("--data", default=".cache/quickstart/chitchat/train.jsonl", help="JSONL with messages")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=6, help="timed, after the first")
+    parser.add_argument("--no_packing", action="store_true")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--peer_python", default="", help="Python with torch, trl, peft, datasets")
+    parser.add_argument("--out", help="JSON to write")
+    args = parser.parse_args()
+    result = bench.compare(
+        peer_python=args.peer_python,
+        repeats=args.repeats,
+        model=args.model,
+        data=args.data,
+        method=args.method,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        steps=args.steps,
+        packing=not args.no_packing,
+        dtype=args.dtype,
+    )
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=2))
+    for name in ("sftjax", "trl"):
+        if name in result:
+            figures = result[name]
+            print(
+                f"{name:7} {figures['tokens_per_second']:8.0f} real tokens/s  {figures['step_seconds']:6.2f} s a step  "
+                f"{figures['peak_bytes'] / 2**30:5.2f} GiB peak"
+            )
+    if "ratio" in result:
+        print(f"ratio   {result['ratio']:8.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
