@@ -68,7 +68,9 @@ def assert_same(first, second):
 def saved(directory, steps, rows=16, **options):
     with Checkpointer(directory, **options) as checkpointer:
         for step in steps:
-            checkpointer.save(step, make_state(step, rows=rows)[0], {"next": step}, {"note": step}, {"eval_loss": 1.0 / step})
+            checkpointer.save(
+                step, make_state(step, rows=rows)[0], {"next": step}, {"note": step}, {"eval_loss": 1.0 / step}
+            )
     return directory
 
 
@@ -202,19 +204,19 @@ def test_digest_is_the_same_on_any_number_of_devices():
 def test_digest_sees_every_bit_and_every_exchange(dtype):
     rng = np.random.default_rng(0)
     array = np.asarray(jnp.asarray(rng.integers(0, 2, (6, 5))).astype(dtype))
-    reference = np.asarray(leaf_digest(jnp.asarray(array)))
-    seen = {tuple(reference)}
+    variants = [array]
     if dtype not in ("bool", "int4"):
         raw = array.view(np.uint8).reshape(-1)
         for bit in range(0, raw.size * 8, 3):
             flipped = raw.copy()
             flipped[bit // 8] ^= 1 << (bit % 8)
-            seen.add(tuple(np.asarray(leaf_digest(jnp.asarray(flipped.view(array.dtype).reshape(array.shape))))))
-        assert len(seen) == 1 + len(range(0, raw.size * 8, 3))
-    other = array.copy()
-    other[[0, 1]] = other[[1, 0]]
-    if not (other == array).all():
-        assert tuple(np.asarray(leaf_digest(jnp.asarray(other)))) != tuple(reference)
+            variants.append(flipped.view(array.dtype).reshape(array.shape))
+    exchanged = array.copy()
+    exchanged[[0, 1]] = exchanged[[1, 0]]
+    assert (exchanged != array).any()
+    variants.append(exchanged)
+    digests = np.asarray(jax.jit(jax.vmap(leaf_digest))(jnp.asarray(np.stack(variants))))
+    assert len({tuple(one) for one in digests}) == len(variants)
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -246,15 +248,15 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path, caplog):
     arrays = [path for path in files_of(tmp_path / "sound" / "2" / "state") if path.parent.name == "d"]
     largest = max(arrays, key=lambda path: path.stat().st_size)
     tally = {"same": 0, "noticed": 0}
-    for trial in range(40):  # half of them in the array data, where Orbax by itself notices none
+    for trial in range(24):  # half of them in the array data, where Orbax by itself notices none
         shutil.copytree(tmp_path / "sound", tmp_path / str(trial))
         victim = largest if trial % 2 else rng.choice(files_of(tmp_path / "sound" / "2"))
         flip_bit(tmp_path / str(trial) / victim.relative_to(tmp_path / "sound"), rng)
         found = outcome(tmp_path / str(trial), abstract, good)
         tally[found] += 1
         shutil.rmtree(tmp_path / str(trial))
-    assert caplog.text.count("the digest of") >= 15
-    assert tally["noticed"] >= 20  # a flip in a time stamp changes nothing, and needn't be
+    assert caplog.text.count("the digest of") >= 9
+    assert tally["noticed"] >= 12  # a flip in a time stamp changes nothing, and needn't be
 
 
 @pytest.mark.parametrize("how", ["truncate", "empty", "delete"])
@@ -262,7 +264,7 @@ def test_damaged_files_fall_back_to_the_checkpoint_before(tmp_path, how):
     saved(tmp_path / "sound", [1, 2])
     good, abstract = {step: make_state(step)[0] for step in (1, 2)}, make_state()[1]
     noticed = 0
-    for victim in files_of(tmp_path / "sound" / "2"):
+    for victim in files_of(tmp_path / "sound" / "2")[:: 1 if how == "delete" else 2]:
         shutil.copytree(tmp_path / "sound", tmp_path / "run")
         path = tmp_path / "run" / victim.relative_to(tmp_path / "sound")
         if how == "delete":
@@ -271,7 +273,7 @@ def test_damaged_files_fall_back_to_the_checkpoint_before(tmp_path, how):
             path.write_bytes(b"" if how == "empty" else path.read_bytes()[: path.stat().st_size // 2])
         noticed += outcome(tmp_path / "run", abstract, good) == "noticed"
         shutil.rmtree(tmp_path / "run")
-    assert noticed >= 5
+    assert noticed >= 3
 
 
 def damage(directory, step):
@@ -373,7 +375,7 @@ def test_full_disk_leaves_what_was_there(tmp_path):
 
 def test_kill_9_during_saves_loses_no_committed_step(tmp_path):
     rng, abstract, committed = random.Random(1), make_state()[1], 0
-    for _ in range(6):
+    for _ in range(5):
         process = worker(tmp_path, "save")
         line = process.stdout.readline()
         assert line == f"ready {int(line.split()[1])}\n" and int(line.split()[1]) >= committed
