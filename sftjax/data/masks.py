@@ -189,7 +189,7 @@ def _map_strings(value, function) -> tuple[Any, bool]:
 
 def _hide(tokenizer: Tokenizer, messages) -> tuple[list, bool]:
     values = [value for message in messages for value in message.values()]
-    if all(type(value) is str for value in values) and not tokenizer.may_spell_control_tokens("".join(values)):
+    if all(type(value) is str for value in values) and not tokenizer.control_text.possible("".join(values)):
         return list(messages), False  # nearly all rows
     results = []
     for message in messages:

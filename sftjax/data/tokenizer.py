@@ -24,6 +24,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import Unigram
 
 from sftjax.data import plain, templates, tokenizer_files
+from sftjax.data.control import ControlText
 from sftjax.data.rendering import Renderer
 from sftjax.data.sandbox import TemplateError
 from sftjax.data.templates import Template
@@ -35,7 +36,6 @@ _HTML = (
 )
 _HTML_TAG = re.compile(rf"</?(?:{'|'.join(_HTML.split())})>")  # Gemma lists these and blanks as added tokens: text
 _ANSWER_TAG = re.compile(r"</?[a-z_]+>")  # <think>, <tool_call>: added, not special; what a model writes in answers
-_PLAIN_BASE = 0xF0000  # private-use plane: one character for each control token spelled in data
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Tokenizer:
 
     def __getstate__(self):
         state = dict(self.__dict__)
-        for name in ("plain_backends", "control_pattern", "control_tokens"):  # made again on demand
+        for name in ("plain_backends", "control_text", "control_tokens"):  # made again on demand
             state.pop(name, None)
         return state
 
@@ -165,7 +165,7 @@ class Tokenizer:
         return {
             token.content: number
             for number, token in added.items()
-            if token.special or not (token.content.isspace() or _HTML_TAG.fullmatch(token.content))
+            if token.special or (token.content.strip("▁ \t\r\n") and not _HTML_TAG.fullmatch(token.content))
         }
 
     @cached_property
@@ -186,40 +186,20 @@ class Tokenizer:
         return table
 
     @cached_property
-    def control_pattern(self) -> tuple[re.Pattern, re.Pattern, dict[str, str]]:
-        """Patterns of control tokens in prompts and in answers, and what hides each."""
-        names = sorted(self.control_tokens, key=lambda name: (-len(name), name))
+    def control_text(self) -> ControlText:
+        """Hides control tokens that data spell. In answers, `<think>` and its like (added, not special) stay: they are
+        what the model writes."""
         added = self.backend.get_added_tokens_decoder()
-        answer = [n for n in names if added[self.control_tokens[n]].special or not _ANSWER_TAG.fullmatch(n)]
-        cover = {name: chr(_PLAIN_BASE + i) * len(name) for i, name in enumerate(names)}
-        everywhere, in_answers = (re.compile("|".join(map(re.escape, group)) or r"(?!)") for group in (names, answer))
-        return everywhere, in_answers, cover
-
-    @cached_property
-    def _control_starts(self) -> tuple[str, ...]:
-        """First characters: a text with none of them needs no search."""
-        return tuple({name[0] for name in self.control_tokens})
-
-    def may_spell_control_tokens(self, text: str) -> bool:
-        """A quick look; False means no."""
-        return any(start in text for start in self._control_starts)
+        written = [n for n, i in self.control_tokens.items() if not added[i].special and _ANSWER_TAG.fullmatch(n)]
+        return ControlText(self.control_tokens, written)
 
     def hide_control_tokens(self, text: str, *, answer: bool = False) -> str:
-        """`text` with each spelled control token in private-use characters, as many as it has.
-
-        In answers, added tokens that aren't special and look like `<think>` stay: they are what the model writes.
-        """
-        if not self.may_spell_control_tokens(text):
-            return text
-        everywhere, in_answers, cover = self.control_pattern
-        return (in_answers if answer else everywhere).sub(lambda match: cover[match[0]], text)
+        """`text` with each control token it spells in private-use characters, as many as that has."""
+        return self.control_text.hide(text, answer=answer)
 
     def unhide_control_tokens(self, cover: str) -> str:
         """The inverse of `hide_control_tokens`, on a rendering too."""
-        for name, hidden in self.control_pattern[2].items():
-            if hidden[0] in cover:
-                cover = cover.replace(hidden, name)
-        return cover
+        return self.control_text.unhide(cover)
 
     @cached_property
     def plain_backends(self) -> tuple[Backend, Backend]:

@@ -3,12 +3,14 @@
 import json
 import pickle
 import random
+import time
 
 import pytest
 from sentencepiece import SentencePieceProcessor
 
 from sftjax.data import templates
 from sftjax.data import tokenizer as tokenizers
+from sftjax.data.control import ControlText
 from sftjax.errors import ConfigError
 from tests.data.tiny import CHATML, CORPUS, byte_level, chat, sentencepiece
 
@@ -84,6 +86,17 @@ def test_blanks_and_html_that_a_vocabulary_lists_as_added_are_text(tmp_path):
     backend.save(str(folder / "tokenizer.json"))
     tokenizer = tokenizers.load(folder)
     assert set(tokenizer.control_tokens) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<turn>"}
+
+
+def test_thousands_of_control_tokens_cost_no_time():
+    names = [f"<unused{i}>" for i in range(6000)] + ["<eos>", "<think>"]
+    control = ControlText(names, ["<think>"])
+    text = "a < b <unused17><unused5999> <<eos> <think>" * 2000
+    start = time.process_time()
+    hidden = control.hide(text)
+    assert len(hidden) == len(text) and control.unhide(hidden) == text and "unused" not in hidden
+    assert time.process_time() - start < 2
+    assert "<think>" in control.hide(text, answer=True) and "<think>" not in hidden
 
 
 def test_missing_pad_and_pad_equal_to_eos_are_fine(tmp_path):
