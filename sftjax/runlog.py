@@ -17,7 +17,7 @@ class RunLog:
     Args:
       folder: the run's folder.
       total_steps: of the whole run.
-      logging_steps: steps per line of `metrics.jsonl`.
+      continued_from: the step that a continued run goes on from.
     """
 
     def __init__(self, folder: str, *, total_steps: int, tensorboard: bool, wandb_project: str, config: dict[str, Any]):
@@ -25,7 +25,13 @@ class RunLog:
         self.throughput = Throughput()
         self._loss, self._rate = math.nan, 0.0
         if self._on:
-            self._metrics = MetricsLog(folder, tensorboard=tensorboard, wandb_project=wandb_project, config=config)
+            self._metrics = MetricsLog(
+                folder,
+                tensorboard=tensorboard,
+                wandb_project=wandb_project,
+                config=config,
+                continued_from=continued_from,
+            )
             self._samples = LineFile(f"{folder}/samples.jsonl")
             self._bad = LineFile(f"{folder}/nonfinite.jsonl")
             self._line = ProgressLine(total_steps)

@@ -432,20 +432,26 @@ def loop(job: Job, state, frozen, progress: Progress):
     patience = Patience(config.eval.early_stopping_patience, progress.best, progress.waited)
     with (
         checkpointer(job) as checkpoints,
-        open_log(job) as log,
+        open_log(job, progress.step) as log,
         train_pipeline(job, rows, progress.position) as pipeline,
     ):
         if progress.step == 0:
-            measure(job, state, frozen, log, 0)
+            with job.stop.nothing_to_lose("evaluating the untrained model"):
+                measure(job, state, frozen, log, 0)
         pending = None
-        stop_early = done = False
+        stop_early = done = compiled = False
         items = iter(pipeline)
         while not (done or stop_early) and progress.step < job.total_steps:
             item = next(items, None)
             if item is None:
                 break
             batch = job.program.put(item.batch, item.info.rows, job.micro_rows)
-            state, figures = job.program.train_step(state, frozen, batch)
+            if compiled:
+                state, figures = job.program.train_step(state, frozen, batch)
+            else:
+                with job.stop.nothing_to_lose("compiling"):
+                    state, figures = jax.block_until_ready(job.program.train_step(state, frozen, batch))
+                compiled = True
             if pending:
                 record(job, progress, pending, log)
             progress.step += 1
@@ -459,9 +465,7 @@ def loop(job: Job, state, frozen, progress: Progress):
             if evaluating or saving or stopping_now:
                 record(job, progress, pending, log)
                 pending = None
-                stop_early = save(
-                    job, checkpoints, state, frozen, progress, patience, log, evaluating and not stopping_now
-                )
+                stop_early = save(job, checkpoints, state, frozen, progress, patience, log, evaluating)
             if stopping_now and not done:
                 checkpoints.wait()
                 raise stopping.StopRequested(
@@ -473,9 +477,10 @@ def loop(job: Job, state, frozen, progress: Progress):
     return state
 
 
-def open_log(job: Job) -> RunLog:
+def open_log(job: Job, step: int) -> RunLog:
     return RunLog(
         job.folder.path,
+        continued_from=step or None,
         total_steps=job.total_steps,
         tensorboard=job.config.log.tensorboard,
         wandb_project=job.config.log.wandb_project,

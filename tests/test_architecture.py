@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"main", "convert"},
     {"train", "plan", "bench", "doctor", "serve", "synth"},
-    {"chat", "finish"},
+    {"chat", "finish", "inference"},
     {"evaluate", "loading", "samples", "score", "runlog"},
     {"generate", "report"},
     {"program"},
