@@ -6,7 +6,7 @@ import pickle
 from collections import Counter
 
 import pytest
-from pipe_toys import toy
+from tests.data.pipe_toys import toy
 
 from sftjax.data.mixture import ENDLESS, Mixture
 from sftjax.errors import ConfigError, DataError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pipe_toys import lognormal_rows, toy
+from tests.data.pipe_toys import lognormal_rows, toy
 
 from sftjax.data import packing
 from sftjax.data.ledger import Ledger

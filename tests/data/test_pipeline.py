@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from pipe_toys import (
+from tests.data.pipe_toys import (
     encode_and_die_once,
     encode_unless_jax_started,
     lognormal_rows,

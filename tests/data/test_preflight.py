@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pipe_toys import Rows, encode, lognormal_rows, toy
+from tests.data.pipe_toys import Rows, encode, lognormal_rows, toy
 from rich.console import Console
 
 from sftjax.data import preflight

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.parity
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import tiny_models as tiny  # noqa: E402
+from tests.parity import tiny_models as tiny  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 from sftjax import optim, tree  # noqa: E402
