@@ -128,6 +128,7 @@ def row_forward(options, q_GxRxLxK, k_GxSxK, v_GxSxK, sinks_GxR, ids):
             return out.astype(q_GxRxLxK.dtype), top[..., 0] + jnp.log(total)
 
         out, lse = _over_widths(options, ids, low, high, k_GxSxK.shape[1], block)
+        q_GxRxLxK, out = _one_after_the_other(options, q_GxRxLxK, out)
         outs.append(out)
         lses.append(lse)
     return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
@@ -162,6 +163,7 @@ def row_backward(options, q_GxRxLxK, k_GxSxK, v_GxSxK, ids, lse_GxRxL, delta_GxR
             return dq, dk.at[:, first:last].add(dk_part), dv.at[:, first:last].add(dv_part)
 
         dq, dk, dv = _over_widths(options, ids, low, high, k_GxSxK.shape[1], block, dk, dv)
+        q_GxRxLxK, dq, dk, dv = _one_after_the_other(options, q_GxRxLxK, dq, dk, dv)
         dqs.append(dq)
     return jnp.concatenate(dqs, axis=2), dk.astype(k_GxSxK.dtype), dv.astype(v_GxSxK.dtype)
 
@@ -193,6 +195,11 @@ def _product(options, a, b, b_axis: int):
     dims = (((2,), (b_axis,)), ((0,), (0,)))
     y = jax.lax.dot_general(a, b, dims, precision=precision_for(a.dtype), preferred_element_type=jnp.float32)
     return _row_major(options, y)
+
+
+def _one_after_the_other(options, *arrays):
+    """The next block waits for this one, so that its scores lie where these were, warm in the cache."""
+    return jax.lax.optimization_barrier(arrays) if options.single_cpu else arrays
 
 
 def _row_major(options, x):
