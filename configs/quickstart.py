@@ -16,6 +16,7 @@ def get_config(arg: str = ""):
     config.data.eval = (f"{FOLDER}/chitchat/held_out.jsonl",)
     config.data.max_eval_rows = 40
     config.data.max_length = 1024
+    config.data.over_length = "split"  # human dialogues are long; this way each of their turns counts
     config.train.batch_size = 2
     config.train.max_steps = 60
     config.train.learning_rate = 3e-4
