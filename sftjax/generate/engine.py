@@ -55,7 +55,7 @@ def cache_length(state: State) -> int:
     return jax.tree.leaves(state["cache"])[0].shape[3]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.partial(jax.jit, static_argnums=0)
 def grow(length: int, state: State) -> State:
     """The same state with room for `length` positions."""
     missing = length - cache_length(state)

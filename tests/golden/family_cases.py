@@ -118,6 +118,8 @@ def values(name: str, shape: tuple[int, ...], plus_one: bool) -> np.ndarray:
         return 0.3 * noise + np.float32(0.0 if plus_one else 1.0)
     if name.endswith("bias"):
         return 0.3 * noise
+    if "embed_tokens" in name and plus_one:
+        return np.float32(0.05) * noise  # Gemma scales it up; a large one would say its own token for ever
     if len(shape) == 1 or "embed_tokens" in name:
         return noise
     fan_in = 80 if len(shape) == 3 else shape[-1]  # fused experts come either way round
