@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports only go to a later line; names on one line don't import each other. (A package may import within itself.)
 LAYERS = [
-    {"main", "convert"},
+    {"main", "convert", "chat", "inference"},
     {"train", "plan", "bench", "doctor", "serve", "synth"},
     {"chat", "finish", "inference"},
     {"evaluate", "loading", "samples", "score", "runlog"},

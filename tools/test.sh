@@ -43,4 +43,6 @@ fi
 cd "$ROOT"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" HF_HUB_OFFLINE=1
 say "Testing with Python $PYTHON_VERSION, $("$VENV_PYTHON" -c 'import jax; print("jax", jax.__version__)'): $select"
-exec "$VENV_PYTHON" -m pytest -m "$select" ${rest[@]+"${rest[@]}"}
+workers=$(getconf _NPROCESSORS_ONLN 2> /dev/null || echo 1)
+[ "$workers" -le 4 ] || workers=4 # each holds a model or two
+exec "$VENV_PYTHON" -m pytest -m "$select" -n "$workers" --dist loadfile ${rest[@]+"${rest[@]}"}
