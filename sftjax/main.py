@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("give --config=configs/NAME.py, or --resume=RUN_FOLDER")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches
+    sys.stdout.reconfigure(line_buffering=True)  # so that it stays in order with the progress line on stderr
     from sftjax import train  # after the flags, so that --help and mistakes answer at once
 
     if _RESUME.value:

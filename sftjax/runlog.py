@@ -20,7 +20,16 @@ class RunLog:
       continued_from: the step that a continued run goes on from.
     """
 
-    def __init__(self, folder: str, *, total_steps: int, tensorboard: bool, wandb_project: str, config: dict[str, Any]):
+    def __init__(
+        self,
+        folder: str,
+        *,
+        total_steps: int,
+        tensorboard: bool,
+        wandb_project: str,
+        config: dict[str, Any],
+        continued_from: int | None = None,
+    ):
         self._on = jax.process_index() == 0
         self.throughput = Throughput()
         self._loss, self._rate = math.nan, 0.0
