@@ -107,7 +107,9 @@ def _trained_params(config: Any, opened: loading.Opened, trained: Mapping[str, A
     """(model configuration, parameters): the base with what was trained in its place, an adapter merged."""
     from sftjax import train
 
-    base = hf.load_params(opened.files, opened.config, "float32")
+    # a frozen base is what the run held, rounded as there: the adapter was trained beside that
+    dtype = config.model.frozen_dtype if "adapter" in trained else "float32"
+    base = hf.load_params(opened.files, opened.config, dtype)
     model = opened.config
     rows = tree.flatten(trained).get("params/embed_tokens/weight")
     if rows is not None and rows.shape[0] > model.vocab_size:
