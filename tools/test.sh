@@ -6,17 +6,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 usage() {
   cat << 'TEXT'
-Usage: bash tools/test.sh [--python 3.12] [--slow | --parity] [pytest's arguments ...]
+Usage: bash tools/test.sh [--python 3.12] [--slow | --parity] [--setup_only] [pytest's arguments ...]
 
 Makes a virtual environment, installs the project with what its tests need, and runs them. On the CPU, without torch.
   --python VERSION   that Python instead of the newest that works
   --slow             the slow tests as well
   --parity           only the live comparisons with torch, transformers and peft, in an environment of their own
+  --setup_only       no tests yet
 Other arguments go to pytest:  bash tools/test.sh tests/data -k packing -x
 TEXT
 }
 
-python_wanted="" select="not slow and not parity" parity="" rest=()
+python_wanted="" select="not slow and not parity" parity="" setup_only="" rest=()
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage && exit 0 ;;
@@ -25,6 +26,7 @@ while [ $# -gt 0 ]; do
     --python=*) python_wanted=${1#*=} ;;
     --slow) select="not parity" ;;
     --parity) select="parity" parity=yes ;;
+    --setup_only) setup_only=yes ;;
     *) rest+=("$1") ;;
   esac
   shift
@@ -39,6 +41,7 @@ else
   require_python "$python_wanted"
   install_project ".venv-$PYTHON_VERSION" test
 fi
+[ -z "$setup_only" ] || exit 0
 
 cd "$ROOT"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" HF_HUB_OFFLINE=1
