@@ -107,7 +107,7 @@ def row_forward(options, q_GxRxLxK, k_GxSxK, v_GxSxK, sinks_GxR, ids):
     outs, lses = [], []
     for low, high in _blocks(L, options.block):
 
-        def block(first, last, low=low, high=high):
+        def block(first, last, low=low, high=high, q_GxRxLxK=q_GxRxLxK):
             q_GxMxK = q_GxRxLxK[:, :, low:high].reshape(G, -1, K)
             keys, values = k_GxSxK[:, first:last], v_GxSxK[:, first:last]
             scores = _product(options, q_GxMxK, keys, 2).reshape(G, R, high - low, last - first)
@@ -143,7 +143,7 @@ def row_backward(options, q_GxRxLxK, k_GxSxK, v_GxSxK, ids, lse_GxRxL, delta_GxR
     dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k_GxSxK, v_GxSxK))
     for low, high in _blocks(L, options.block):
 
-        def block(first, last, dk, dv, low=low, high=high):
+        def block(first, last, dk, dv, low=low, high=high, q_GxRxLxK=q_GxRxLxK):
             rows = slice(low, high)
             q_GxMxK = q_GxRxLxK[:, :, rows].reshape(G, -1, K)
             do_GxMxK = do_GxRxLxK[:, :, rows].reshape(G, -1, K)

@@ -21,14 +21,16 @@ from sftjax import compat
 from sftjax.kernels import linear
 
 Array = jax.Array
-DEFAULT_CHUNK = 1024
+# Bytes of float32 logits at a time. More amortises the running sum of the head's gradient; on a CPU less stays nearer.
+LOGITS_BYTES = {"cpu": 2**27}
+LOGITS_BYTES_ELSEWHERE = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
     logit_scale: float
     soft_cap: float | None
-    chunk: int
+    chunk: int | None
     valid_vocab: int | None
     skip_unweighted: bool
     mesh: Mesh | None
@@ -42,7 +44,7 @@ def cross_entropy(
     *,
     logit_scale: float = 1.0,
     soft_cap: float | None = None,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int | None = None,
     valid_vocab: int | None = None,
     skip_unweighted: bool = False,
     mesh: Mesh | None = None,
@@ -56,7 +58,7 @@ def cross_entropy(
       weight: `[V, D]`, cast to `hidden.dtype` for the products.
       targets: `[...]` int, in `[0, V)`.
       weights: `[...]` float; 0: the token isn't trained.
-      chunk: tokens whose logits exist at a time (on each device).
+      chunk: tokens whose logits exist at a time (on each device); None: as many as `LOGITS_BYTES` allows.
       valid_vocab: rows of `weight` from here on are padding and get probability 0.
       skip_unweighted: don't compute tokens of weight 0; their `nll` is then 0 and `correct` False.
       mesh: if given, each device works on its own tokens (first axis over data and fsdp, second over context) and on
@@ -128,7 +130,7 @@ def _local(options, tensor, token_axes, want_hidden, want_weight, hidden, weight
     x_NxD = hidden.reshape(-1, hidden.shape[-1])
     targets_N, weights_N = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
     tokens = targets_N.shape[0]
-    chunk = min(options.chunk, tokens)
+    chunk = min(options.chunk or _chunk_size(options.mesh, weight.shape[0]), tokens)
     chunks = -(-tokens // chunk)
     w_VxD = weight.astype(x_NxD.dtype)
     first = 0 if tensor is None else jax.lax.axis_index(tensor) * weight.shape[0]
@@ -136,10 +138,7 @@ def _local(options, tensor, token_axes, want_hidden, want_weight, hidden, weight
     # Rows in the order in which they are worked on; `tokens` marks filling, which weighs nothing and is dropped.
     order = jnp.argsort(weights_N == 0, stable=True) if options.skip_unweighted else jnp.arange(tokens)
     order = jnp.concatenate([order, jnp.full(chunks * chunk - tokens, tokens, order.dtype)]).reshape(chunks, chunk)
-    if options.skip_unweighted:
-        needed = -(-jnp.sum(weights_N != 0) // chunk)
-    else:
-        needed = chunks
+    needed = -(-jnp.sum(weights_N != 0) // chunk) if options.skip_unweighted else chunks
 
     def step(i, carry):
         total, nll, correct, d_x, d_w = carry
@@ -148,18 +147,18 @@ def _local(options, tensor, token_axes, want_hidden, want_weight, hidden, weight
         target = targets_N.at[rows].get(mode="clip")
         token_weight = jnp.where(rows < tokens, weights_N.at[rows].get(mode="clip"), 0.0)
         nll_n, correct_n, d_logits = _chunk(options, tensor, first, x, w_VxD, target, token_weight)
-        # An unweighted token may have a loss of inf (or NaN, at a bad row); 0 * inf would spoil the sum.
+        # An unweighted token's loss may be infinite (its target lies in the padding, say); 0 * inf would spoil the sum.
         total = total + jnp.sum(jnp.where(token_weight == 0, 0.0, nll_n * token_weight))
         nll = nll.at[rows].set(nll_n, mode="drop")
         correct = correct.at[rows].set(correct_n, mode="drop")
         if want_hidden or want_weight:
             d_logits = d_logits.astype(x.dtype)
         if want_hidden:
-            d_rows = linear.contract(d_logits, w_VxD, (1,), (0,))
+            d_rows = linear.input_product(d_logits, w_VxD, jnp.float32)
             d_rows = d_rows if tensor is None else jax.lax.psum(d_rows, tensor)
             d_x = d_x.at[rows].set(d_rows.astype(d_x.dtype), mode="drop")
         if want_weight:
-            d_w = d_w + linear.contract(d_logits, x, (0,), (0,))
+            d_w = d_w + linear.weight_product(d_logits, x, jnp.float32)
         return total, nll, correct, d_x, d_w
 
     carry = (
@@ -170,6 +169,8 @@ def _local(options, tensor, token_axes, want_hidden, want_weight, hidden, weight
         jnp.zeros(weight.shape, jnp.float32) if want_weight else None,
     )
     total, nll, correct, d_x, d_w = jax.lax.fori_loop(0, needed, step, carry)
+    if options.skip_unweighted:  # the last chunk may have held some
+        nll, correct = jnp.where(weights_N == 0, 0.0, nll), correct & (weights_N != 0)
     if token_axes:
         total = jax.lax.psum(total, token_axes)
         d_w = None if d_w is None else jax.lax.psum(d_w, token_axes)
@@ -178,10 +179,17 @@ def _local(options, tensor, token_axes, want_hidden, want_weight, hidden, weight
     return total, nll.reshape(shape), correct.reshape(shape), d_x, d_w
 
 
+def _chunk_size(mesh: Mesh | None, vocab: int) -> int:
+    """A power of two, at least 128."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    fitting = LOGITS_BYTES.get(platform, LOGITS_BYTES_ELSEWHERE) // (4 * vocab)
+    return 2 ** max(7, fitting.bit_length() - 1)
+
+
 def _chunk(options, tensor, first, x, w_VxD, target, token_weight):
     """Loss, hit and weighted gradient of the raw logits for a chunk; collectives over `tensor` if sharded."""
     vocab = w_VxD.shape[0]
-    raw = linear.contract(x, w_VxD, (1,), (1,)) * options.logit_scale
+    raw = linear.forward_product(x, w_VxD, jnp.float32) * options.logit_scale
     if options.soft_cap is None:
         logits, slope = raw, options.logit_scale
     else:

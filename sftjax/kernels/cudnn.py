@@ -84,7 +84,7 @@ def packed_attention(q, k, v, info, *, window=None, soft_cap=None, scale) -> Arr
 
 
 def segment_table(segment_ids: Array, max_segments: int) -> tuple[Array, Array, Array]:
-    """Lengths `[B, M]` and starts `[B, M + 1]` of contiguous segments, -1 where there is none; whether a row has no more.
+    """Lengths `[B, M]` and starts `[B, M + 1]` of contiguous segments (-1: none), and whether each row fits in `M`.
 
     segments 1 1 1 2 2 3, M = 4   ->   lengths 3 2 1 -1,  offsets 0 3 5 -1 -1
     """

@@ -47,7 +47,7 @@ def stored_linear(materialise: Callable[[Any, jnp.dtype], Array], x: Array, stor
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _stored_linear(materialise, x, stored):
-    return forward_product(x, materialise(stored, x.dtype))
+    return forward_product(x, materialise(stored, x.dtype), x.dtype)
 
 
 def _forward(materialise, x, stored):
@@ -66,7 +66,7 @@ def _backward(materialise, residuals, dy):
         return None, None
     dx = dw = None
     if stored is not None:
-        dx = input_product(dy, materialise(stored, dy.dtype)).astype(like_x.dtype)
+        dx = input_product(dy, materialise(stored, dy.dtype), like_x.dtype)
     if x is not None:
         dw = weight_product(dy, x, like_stored.dtype)
     return dx, dw
@@ -87,28 +87,28 @@ _stored_linear.defvjp(_forward, _backward, symbolic_zeros=True)
 # --- the three products -------------------------------------------------------------------------------------------
 
 
-def forward_product(x: Array, weight: Array) -> Array:
-    """`[..., in] x [out, in] -> [..., out]` in `x.dtype`."""
+def forward_product(x: Array, weight: Array, dtype: jnp.dtype) -> Array:
+    """`[..., in] x [out, in] -> [..., out]` in `dtype`."""
 
     def plain(x, weight):
-        return contract(x, weight, (x.ndim - 1,), (1,)).astype(x.dtype)
+        return contract(x, weight, (x.ndim - 1,), (1,)).astype(dtype)
 
     def on_cpu(x, weight):
         y = cpu.product(_rows(x), weight, 1, precision_for(x.dtype))
-        return y.astype(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+        return y.astype(dtype).reshape(*x.shape[:-1], weight.shape[0])
 
     return cpu.choose(on_cpu, plain, x, weight)
 
 
-def input_product(dy: Array, weight: Array) -> Array:
-    """`[..., out] x [out, in] -> [..., in]` in `dy.dtype`."""
+def input_product(dy: Array, weight: Array, dtype: jnp.dtype) -> Array:
+    """`[..., out] x [out, in] -> [..., in]` in `dtype`."""
 
     def plain(dy, weight):
-        return contract(dy, weight, (dy.ndim - 1,), (0,)).astype(dy.dtype)
+        return contract(dy, weight, (dy.ndim - 1,), (0,)).astype(dtype)
 
     def on_cpu(dy, weight):
         dx = cpu.product(_rows(dy), weight, 0, precision_for(dy.dtype))
-        return dx.astype(dy.dtype).reshape(*dy.shape[:-1], weight.shape[1])
+        return dx.astype(dtype).reshape(*dy.shape[:-1], weight.shape[1])
 
     return cpu.choose(on_cpu, plain, dy, weight)
 

@@ -1,6 +1,6 @@
 """Splash attention on TPUs: tokamax's, which skips blocks across segments, or jax's own, which only masks them.
 
-Both work in blocks of queries and keys; 512 suits the lengths of fine-tuning data (larger blocks straddle more segments).
+Both work in blocks of queries and keys; 512 suits the lengths of fine-tuning data (larger ones straddle more segments).
 tokamax's schedule is the union over a `vmap`, so its rows go one after the other.
 """
 
