@@ -85,7 +85,7 @@ class Linear(nn.Module):
         if self.has_variable("quant", "codes") and not self.has_variable("adapter", "weight"):
             from sftjax.kernels import nf4
 
-            y = nf4.linear_quant(x, leaves(self, "quant"))
+            y = nf4.linear_quant(x, stored_leaves(self))
         else:
             y = linear(x, gathered(self, trained(self, "weight", init_matrix, (self.features, x.shape[-1]))))
         if self.has_variable("adapter", "lora_A"):
@@ -227,16 +227,21 @@ def stored_weight(module: nn.Module) -> Array:
     if module.has_variable("quant", "codes"):
         from sftjax.kernels import nf4
 
-        return nf4.dequantise(leaves(module, "quant"))
-    return module.get_variable("params", "weight")
+        return nf4.dequantise(stored_leaves(module))
+    return gathered(module, module.get_variable("params", "weight"))
 
 
-def gathered(module: nn.Module, weight: Array) -> Array:
+def stored_leaves(module: nn.Module) -> dict[str, Array]:
+    """A quantised weight's leaves as they are used: gathered before they are dequantised, so codes cross the wire."""
+    return {name: gathered(module, leaf, name) for name, leaf in leaves(module, "quant").items()}
+
+
+def gathered(module: nn.Module, weight: Array, name: str = "weight") -> Array:
     """A layer's weight as it is used, its `fsdp` cuts undone: so the compiler gathers weights, never activations."""
     mesh = module.runtime.mesh
     if mesh is None:
         return weight
-    path = "/".join((*module.path, "weight"))
+    path = "/".join((*module.path, name))
     return partition.constrain(weight, partition.gathered_spec(path, weight.shape, mesh), mesh)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,6 +155,31 @@ def test_nothing_is_replicated_that_need_not_be():
     pissa = build("pissa")[1]
     specs = partition.by_path(partition.shardings(pissa, mesh))
     assert "fsdp" in specs[f"adapter/{at}/initial_lora_A"] and "tensor" in specs[f"adapter/{at}/initial_lora_B"]
+
+
+def test_codes_cross_the_wire_not_weights():
+    """FSDP gathers u8 codes and dequantises behind them: no float as large as a projection is gathered."""
+    mesh = mesh_lib.make({"data": 1, "fsdp": 8, "tensor": 1})
+    trainable, frozen = build("qlora")
+    put = lambda t: jax.device_put(t, partition.shardings(t, mesh))  # noqa: E731
+    data = jax.tree.map(lambda value: jnp.concatenate([value] * 8), batch(packed=True))
+    runtime = decoder.Runtime(compute_dtype="bfloat16", remat="full", mesh=mesh)
+
+    def loss(trainable, frozen):
+        variables = tree.merge(trainable, frozen)
+        inputs = (data["tokens"], data["positions"], data["segment_ids"])
+        return decoder.hidden_states(CONFIG, runtime, variables, *inputs)[0].astype(jnp.float32).sum()
+
+    program = jax.jit(jax.grad(loss)).lower(put(trainable), put(frozen)).compile().as_text()
+    gathers = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]* all-gather\(", program)
+    sizes = {
+        dtype: [math.prod(map(int, shape.split(","))) for d, shape in gathers if d == dtype] for dtype, _ in gathers
+    }
+    smallest = min(leaf.size // 3 for path, leaf in tree.flatten(frozen).items() if path.endswith("proj/codes"))
+    assert max(sizes["u8"]) >= smallest
+    floats = [size for dtype in ("f32", "bf16") for size in sizes.get(dtype, [])]
+    assert sorted(floats)[-1:] <= [CONFIG.vocab_size * CONFIG.hidden_size]  # the embedding
+    assert len([size for size in floats if size >= 2 * smallest]) <= 1
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
