@@ -78,15 +78,27 @@ def test_reference_is_softmax_over_what_a_token_may_see():
             np.testing.assert_allclose(got[token, head], want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("segments", [1, 3, 7])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("options", [{}, {"window": 5}, {"window": 33, "soft_cap": 3.0}])
-@pytest.mark.parametrize("length, width", [(96, 16), (67, 8)])
-def test_chunked(form, segments, heads, options, length, width):
-    agree(functools.partial(chunked.attention, block=16), *case(length, *heads, width, segments), **options)
+# Every pair of values of two columns appears at least once.
+GRID = [
+    # segments, (heads, groups), options, (length, width)
+    (1, (4, 4), {}, (96, 16)),
+    (1, (4, 2), {"window": 5}, (67, 8)),
+    (1, (3, 1), {"window": 33, "soft_cap": 3.0}, (96, 16)),
+    (3, (4, 4), {"window": 5}, (96, 16)),
+    (3, (4, 2), {"window": 33, "soft_cap": 3.0}, (67, 8)),
+    (3, (3, 1), {}, (67, 8)),
+    (7, (4, 4), {"window": 33, "soft_cap": 3.0}, (67, 8)),
+    (7, (4, 2), {}, (96, 16)),
+    (7, (3, 1), {"window": 5}, (96, 16)),
+]
 
 
-@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("segments, heads, options, shape", GRID)
+def test_chunked(form, segments, heads, options, shape):
+    agree(functools.partial(chunked.attention, block=32), *case(shape[0], *heads, shape[1], segments), **options)
+
+
+@pytest.mark.parametrize("width", [64, 256])
 def test_chunked_head_widths_and_default_block(form, width):
     agree(chunked.attention, *case(300, 2, 1, width, 4), window=200)
 
@@ -143,8 +155,9 @@ def test_nothing_after_a_token_reaches_it(form):
     assert not jnp.any(gradient[0, 18:]) and jnp.all(jnp.any(gradient[0, :18], axis=(1, 2)))
 
 
-@pytest.mark.parametrize("segments, options", [(1, {}), (4, {"window": 100}), (3, {"soft_cap": 4.0})])
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    "segments, options, width", [(1, {}, 128), (4, {"window": 100}, 64), (3, {"soft_cap": 4.0}, 256)]
+)
 def test_splash_interpreted(segments, options, width):
     kernel = functools.partial(splash.attention, interpret=True)
     agree(kernel, *case(256, 4, 2, width, segments), **options)
