@@ -325,7 +325,7 @@ class Embedding(nn.Module):
     def __call__(self, tokens_BxL: Array, inputs: dict[str, Any]) -> Array:
         config, runtime = self.config, self.runtime
         shape = (config.vocab_size, config.hidden_size)
-        table = layers.trained(self, "weight", layers.init_matrix, shape)
+        table = layers.gathered(self, layers.trained(self, "weight", layers.init_matrix, shape))
         # Gathered in the table's own dtype, so that the gradient of a frequent token isn't summed in bfloat16.
         x = jnp.take(table, tokens_BxL, axis=0, mode="clip").astype(runtime.compute_dtype)
         x = runtime.constrain(x, BATCH, "context", None)

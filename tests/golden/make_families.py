@@ -1,6 +1,6 @@
 """Runs the tiny models of `family_cases.py` in transformers (float32, eager) and stores what came out.
 
-    python tests/golden/make_families.py [case ...]       needs torch; writes tests/golden/families/<case>.npz
+python tests/golden/make_families.py [case ...]       needs torch; writes tests/golden/families/<case>.npz
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ import pytest
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
-import family_cases as cases
+import family_cases as cases  # noqa: E402
 
-from sftjax.generate import sample
-from sftjax.models import decoder
+from sftjax.generate import sample  # noqa: E402
+from sftjax.models import decoder  # noqa: E402
 
 RUNTIME = decoder.Runtime(compute_dtype="float32")
 LOGITS, GRADIENTS, LOSSES = 2e-5, 1e-5, 2e-6  # relative: to the largest logit, the tensor's largest gradient, the loss
