@@ -122,7 +122,13 @@ def assert_near(got, want, tolerance):
         np.testing.assert_allclose(tree.flatten(gradients)[path], leaf, atol=10 * tolerance * scale, err_msg=path)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# each compiles four programs: the most different three by default
+BY_DEFAULT = ("lora", "pissa", "qdora")
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in VARIANTS]
+)
 def test_same_loss_and_gradients_packed_recomputed_and_sharded(variant):
     runtime = decoder.Runtime(compute_dtype="float32", remat="none")
     trainable, frozen = build(variant)
