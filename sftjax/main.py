@@ -41,10 +41,27 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
     return str(error).replace("\n", " ")
 
 
+def read_config():
+    """The configuration with its overrides; None without --config.
+
+    Raises:
+      ConfigError: the file isn't there, or fails when it is run.
+    """
+    config = _CONFIG.value
+    try:
+        if config is not None:
+            config["run_dir"]  # a file that failed to load leaves an object that raises when it is used
+        return config
+    except Exception as error:  # whatever the file's own code raises
+        reason = next((line.strip() for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)
+        raise ConfigError(f"--config={flags.FLAGS['config'].config_filename}: {reason}") from error
+
+
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise ConfigError(f"unexpected argument {argv[1]!r}: fields are set as --config.train.learning_rate=1e-5")
-    if not (_CONFIG.value or _RESUME.value):
+    config = read_config()
+    if not (config or _RESUME.value):
         raise ConfigError("give --config=configs/NAME.py, or --resume=RUN_FOLDER")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches
@@ -52,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
     from sftjax import train  # after the flags, so that --help and mistakes answer at once
 
     if _RESUME.value:
-        return train.resume(_RESUME.value, config=_CONFIG.value, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
-    return train.run(_CONFIG.value, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
+        return train.resume(_RESUME.value, config=config, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
+    return train.run(config, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
 
 
 def main_or_message(argv: Sequence[str]) -> None:
