@@ -26,7 +26,6 @@ CHOICES = {
     "data.train_on": ("all", "last", "weights"),
     "data.on_mask_error": ("raise", "drop", "unroll"),
     "train.lr_scheduler_type": ("cosine", "linear", "constant", "wsd"),
-    "train.loss_reduction": ("token", "example"),
     "peft.method": ("none", "lora", "dora", "houlsby", "pfeiffer"),
     "peft.bias": ("none", "all", "lora_only"),
     "export.dtype": ("float32", "bfloat16", "float16"),
@@ -89,7 +88,6 @@ def defaults() -> ConfigDict:
     config.train.adam_epsilon = 1e-8
     config.train.weight_decay = 0.0
     config.train.max_grad_norm = 1.0
-    config.train.loss_reduction = "token"
     config.train.neftune_noise_alpha = 0.0
     config.train.max_nonfinite_steps = 5  # in a row, then the run stops
     config.train.logging_steps = 1
