@@ -11,7 +11,6 @@ The compiler can't partition a pinned layout (it gathers), so none of this is us
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import jax
@@ -40,22 +39,3 @@ def product(a: Array, b: Array, b_axis: int, precision=None) -> Array:
     """`a[m, k]` times `b` (`[n, k]` for `b_axis` 1, `[k, n]` for 0) as float32 `[m, n]`."""
     dims = (((1,), (b_axis,)), ((), ()))
     return row_major(jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32))
-
-
-def keep_memory() -> bool:
-    """Tells glibc to keep freed memory instead of giving it back; call it once, before the first array is made.
-
-    XLA allocates its temporaries anew for every execution. Blocks of that size normally come from the system page by
-    page, zeroed, each time: attention forward and backward at 1024 tokens took 47 ms of processor time, 29 without
-    the page faults (measured). The price: memory once used stays with the process.
-
-    Returns:
-      whether it could be done (False: not glibc).
-    """
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28), (arena_max, 1))
-    return all([mallopt(name, value) == 1 for name, value in settings])

@@ -91,7 +91,7 @@ def forward_product(x: Array, weight: Array, dtype: jnp.dtype) -> Array:
     """`[..., in] x [out, in] -> [..., out]` in `dtype`."""
 
     def plain(x, weight):
-        return contract(x, weight, (x.ndim - 1,), (1,)).astype(dtype)
+        return contract(x, weight, (x.ndim - 1,), (1,), dtype)
 
     def on_cpu(x, weight):
         y = cpu.product(_rows(x), weight, 1, precision_for(x.dtype))
@@ -104,7 +104,7 @@ def input_product(dy: Array, weight: Array, dtype: jnp.dtype) -> Array:
     """`[..., out] x [out, in] -> [..., in]` in `dtype`."""
 
     def plain(dy, weight):
-        return contract(dy, weight, (dy.ndim - 1,), (0,)).astype(dtype)
+        return contract(dy, weight, (dy.ndim - 1,), (0,), dtype)
 
     def on_cpu(dy, weight):
         dx = cpu.product(_rows(dy), weight, 0, precision_for(dy.dtype))
@@ -118,7 +118,7 @@ def weight_product(dy: Array, x: Array, dtype: jnp.dtype) -> Array:
 
     def plain(dy, x):
         batch = tuple(range(x.ndim - 1))
-        return contract(dy, x, batch, batch).astype(dtype)
+        return contract(dy, x, batch, batch, dtype)
 
     def on_cpu(dy, x):
         return cpu.product(cpu.row_major(_rows(dy).T), _rows(x), 0, precision_for(x.dtype)).astype(dtype)
@@ -130,15 +130,12 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def contract(a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> Array:
-    """`lax.dot_general` without batch axes, as float32."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        ((a_axes, b_axes), ((), ())),
-        precision=precision_for(a.dtype),
-        preferred_element_type=jnp.float32,
-    )
+def contract(a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """`lax.dot_general` without batch axes. The result is asked for in `dtype`, so that no wider one reaches memory;
+    the sum inside is float32 anyway."""
+    dims = ((a_axes, b_axes), ((), ()))
+    precision = precision_for(a.dtype)
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
 
 
 def precision_for(dtype: jnp.dtype) -> jax.lax.Precision:

@@ -155,11 +155,14 @@ def init_params(rng: Array, config: ModelConfig, dtype: Any = jnp.float32) -> di
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
-    """Empty keys and values: `{layers_<run>: {position: {"k", "v": [repeat, B, G, length, K]}}}`."""
+    """Empty keys and values: `{layers_<run>: {position: {"k", "v": [repeat, B, G, length, K]}}}`.
+
+    They belong to a runtime that computes in `dtype`; see `layers.cache_dtype` for how they are kept.
+    """
 
     def empty(repeats: int) -> dict[str, Array]:
         shape = (repeats, batch, config.num_kv_heads, length, config.head_dim)
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+        return {name: jnp.zeros(shape, layers.cache_dtype(dtype)) for name in ("k", "v")}
 
     return {
         f"layers_{run}": {str(position): empty(repeats) for position in range(len(unit))}

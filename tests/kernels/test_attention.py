@@ -171,7 +171,8 @@ def test_splash_interpreted_sinks():
 @pytest.mark.parametrize("segments, options", [(4, {}), (3, {"window": 100, "soft_cap": 4.0})])
 def test_tokamax_splash_interpreted(segments, options):
     pytest.importorskip("tokamax", reason="the extra `kernels` isn't installed")
-    agree(functools.partial(splash.tokamax_attention, interpret=True), *case(384, 4, 2, 64, segments), **options)
+    with jax.numpy_rank_promotion("allow"):  # theirs isn't as strict
+        agree(functools.partial(splash.tokamax_attention, interpret=True), *case(384, 4, 2, 64, segments), **options)
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])

@@ -123,7 +123,3 @@ def test_training_a_stored_form_is_refused():
         jax.grad(lambda scale: jnp.sum(linear.stored_linear(halved, jnp.ones((2, 8)), stored | {"scale": scale})))(
             stored["scale"]
         )
-
-
-def test_keeping_memory_can_be_asked_for():
-    assert cpu.keep_memory() in (True, False)
