@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sftjax import checkpoint, loading, tree
+from sftjax import checkpoint, job, loading, tree
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig
@@ -105,8 +105,6 @@ def _convert_run(run: Path, step: int | None, target: str, adapter: str | None, 
 
 def _trained_params(config: Any, opened: loading.Opened, trained: Mapping[str, Any]) -> tuple[Any, Any]:
     """(model configuration, parameters): the base with what was trained in its place, an adapter merged."""
-    from sftjax import train
-
     # a frozen base is what the run held, rounded as there: the adapter was trained beside that
     dtype = config.model.frozen_dtype if "adapter" in trained else "float32"
     base = hf.load_params(opened.files, opened.config, dtype)
@@ -116,7 +114,7 @@ def _trained_params(config: Any, opened: loading.Opened, trained: Mapping[str, A
         base, model = vocab.resize_vocab(base, model, rows.shape[0])
     variables = {"params": base}
     if "adapter" in trained:
-        spec = train.adapter_spec(config, model=model, grows=opened.new_tokens > 0)
+        spec = job.adapter_spec(config, model=model, grows=opened.new_tokens > 0)
         if config.peft.adapter_path:
             variables["adapter"], _ = peft_format.load_adapter(config.peft.adapter_path, model)
         else:  # the constants beside what is trained

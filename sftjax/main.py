@@ -49,9 +49,8 @@ def read_config():
     """
     config = _CONFIG.value
     try:
-        if config is not None:
-            config["run_dir"]  # a file that failed to load leaves an object that raises when it is used
-        return config
+        # a file that failed to load leaves an object that raises when it is used
+        return None if config is None else config.lock()
     except Exception as error:  # whatever the file's own code raises
         reason = next((line.strip() for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)
         raise ConfigError(f"--config={flags.FLAGS['config'].config_filename}: {reason}") from error

@@ -1,6 +1,6 @@
 """A training run, top to bottom: model, data, program, restore, loop, export.
 
-setup      the run folder is locked, model and data are opened and checked (preflight), shapes are settled
+setup      the run folder is locked, model and data are opened and checked, shapes are settled (`job.py`)
 restore    weights are read; a run that was interrupted goes on from its newest sound checkpoint, bit for bit
 loop       step, log (one step late, so that logging never holds up the device), evaluate, save
 finish     the best checkpoint is exported, loaded again, compared; report and summary (`finish.py`)
@@ -9,8 +9,6 @@ finish     the best checkpoint is exported, loaded again, compared; report and s
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -20,24 +18,13 @@ import jax
 import numpy as np
 
 from sftjax import config as config_lib
-from sftjax import finish, loading, optim, program, runs, samples, stopping, tree
+from sftjax import finish, runs, samples, stopping, tree
 from sftjax.checkpoint import Checkpointer
 from sftjax.data import pipeline as pipelines
-from sftjax.data import preflight as preflights
-from sftjax.data import preview, subsets
-from sftjax.data.encode import RowEncoder
-from sftjax.data.mixture import Ingredient, Mixture
-from sftjax.data.sources import open_source
-from sftjax.data.types import RowError
 from sftjax.errors import ConfigError, Diverged
 from sftjax.evaluate import Evaluation, Patience, evaluate
-from sftjax.models import decoder
-from sftjax.models.config import ModelConfig
-from sftjax.parallel import mesh as meshes
-from sftjax.peft import lora
-from sftjax.peft.spec import AdapterSpec
+from sftjax.job import Job, load_variables, setup
 from sftjax.runlog import RunLog
-from sftjax.weights import hf, peft_format, vocab
 
 
 def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bool = False) -> int:
@@ -90,28 +77,6 @@ def use_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 
-# --- setup ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Everything that is settled before the first step and never changes."""
-
-    config: config_lib.ConfigDict
-    folder: runs.RunFolder
-    opened: loading.Opened
-    model_config: ModelConfig  # of what is trained: the vocabulary may have grown
-    spec: AdapterSpec
-    program: program.Program
-    schedule: Any
-    mixture: Mixture
-    held_out: Mixture | None
-    total_steps: int
-    micro_rows: int
-    prompts: list[list[dict[str, Any]]]  # conversations whose next answer is sampled
-    stop: stopping.StopSignal | None = None
-
-
 @dataclasses.dataclass
 class Progress:
     """Where a run stands; saved with each checkpoint."""
@@ -134,233 +99,6 @@ class Progress:
     @classmethod
     def from_json(cls, step: int, position: dict[str, Any], meta: dict[str, Any]) -> Progress:
         return cls(step=step, position=position, **{**meta, "best": math.inf if meta["best"] is None else meta["best"]})
-
-
-def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence[str]) -> Job:
-    """Opens model and data, checks them, settles the program; nothing large is in memory yet."""
-    opened = loading.open_model(
-        config.model.path, chat_template=config.model.chat_template, end_of_turn=config.model.end_of_turn
-    )
-    mixture, held_out = open_data(config, opened.tokenizer)
-    mesh = meshes.make({axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor", "context", "expert")})
-    accumulation = config.train.gradient_accumulation_steps
-    micro_rows = config_lib.rows_per_step(config) // accumulation
-
-    fingerprints = {
-        "data": loading.digest(*(i.source.fingerprint() for i in mixture.ingredients)),
-        "template": loading.digest(opened.tokenizer.template.text),
-        "tokenizer": opened.tokenizer.fingerprint(),
-        "weights": opened.fingerprint(),
-    }
-    saved = folder.read_json("config.json")
-    if saved is not None:
-        environment = folder.read_json("environment.json") or {}
-        notes = runs.check_resume(
-            saved,
-            json.loads(config_lib.to_json(config)),
-            environment.get("fingerprints", {}),
-            fingerprints,
-            allow=allow,
-        )
-        print(*notes, sep="\n")
-    folder.write_json("config.json", json.loads(config_lib.to_json(config)))
-    folder.write_json("environment.json", runs.environment(fingerprints))
-
-    report = preflight(config, mixture, opened.tokenizer, micro_rows)
-    folder.write_json("preflight.json", report.to_dict())
-    report.print()
-    report.check()
-    total_steps = config.train.max_steps or report.steps
-    model_config = grown(config, opened)
-    spec = adapter_spec(config, model=model_config, grows=opened.new_tokens > 0)
-    job_program, schedule = build_program(config, model_config, spec, mesh, total_steps)
-    announce(config, job_program, total_steps)
-    if jax.process_index() == 0:
-        write_masks(folder, mixture, opened.tokenizer)
-    return Job(
-        config,
-        folder,
-        opened,
-        model_config,
-        spec,
-        job_program,
-        schedule,
-        mixture,
-        held_out,
-        total_steps,
-        micro_rows,
-        samples.choose_prompts(config.eval.prompts, held_out, config.eval.num_samples),
-    )
-
-
-def source_spec(entry: Any) -> dict[str, Any]:
-    return {"path": entry} if isinstance(entry, str) else dict(entry)
-
-
-def open_data(config: config_lib.ConfigDict, tokenizer) -> tuple[Mixture, Mixture | None]:
-    """The training mixture and the held-out one (None without)."""
-
-    def ingredient(entry: Any, *, rows: str = "", **options: Any) -> Ingredient:
-        spec = source_spec(entry)
-        if rows:
-            spec["rows"] = rows
-        encode = RowEncoder(
-            tokenizer,
-            format=spec.pop("format", config.data.format),
-            fields=spec.pop("fields", {}),
-            train_on=config.data.train_on,
-            on_mask_error=config.data.on_mask_error,
-        )
-        weight, loss_weight = spec.pop("weight", 1.0), spec.pop("loss_weight", 1.0)
-        return Ingredient(open_source(spec), encode, weight=weight, loss_weight=loss_weight, **options)
-
-    train_entries, eval_entries = config.data.train, config.data.eval
-    epochs = None if config.train.max_steps else config.train.num_train_epochs
-    train_sources = [ingredient(entry) for entry in train_entries]
-    held_sources = [ingredient(entry) for entry in eval_entries]
-    if config.data.eval_fraction and not held_sources:
-        train_sources, held_sources = subsets.hold_out(train_sources, config.data.eval_fraction, config.seed)
-    if config.data.max_eval_rows:
-        held_sources = subsets.first_rows(held_sources, config.data.max_eval_rows)
-    mixture = Mixture(train_sources, seed=config.seed, shuffle=config.data.shuffle, epochs=epochs)
-    held_out = Mixture(held_sources, shuffle=False, epochs=1) if held_sources else None
-    return mixture, held_out
-
-
-def grown(config: config_lib.ConfigDict, opened: loading.Opened) -> ModelConfig:
-    """The model with room for the tokens that the chat template adds; says so."""
-    size = max(opened.config.vocab_size, opened.tokenizer.vocab_size)
-    rows = vocab.padded_size(size, config.model.pad_vocab_to_multiple_of)
-    if size > opened.config.vocab_size:
-        print(
-            f"vocabulary: {opened.config.vocab_size} -> {size} for {', '.join(opened.tokenizer.added_tokens)}; "
-            "the new rows start as the mean of the others and are trained"
-        )
-    if rows == opened.config.vocab_size:
-        return opened.config
-    return opened.config.replace(vocab_size=rows, valid_vocab=size if rows > size else opened.config.valid_vocab)
-
-
-def adapter_spec(config: config_lib.ConfigDict, *, model: ModelConfig, grows: bool) -> AdapterSpec:
-    """What is trained. New tokens are of no use untrained, so with an adapter the embedding is trained in full."""
-    peft = config.peft
-    targets = tuple(peft.target_modules)
-    saved = tuple(peft.modules_to_save)
-    if grows and peft.method != "none":
-        needed = ("embed_tokens",) if model.tie_word_embeddings else ("embed_tokens", "lm_head")
-        saved += tuple(name for name in needed if name not in saved)
-    return AdapterSpec(
-        method=peft.method,
-        rank=peft.r,
-        alpha=peft.lora_alpha,
-        dropout=peft.lora_dropout,
-        target_modules=targets[0] if len(targets) == 1 else targets,
-        rank_pattern=tuple(peft.rank_pattern),
-        alpha_pattern=tuple(peft.alpha_pattern),
-        use_rslora=peft.use_rslora,
-        init=peft.init_lora_weights,
-        modules_to_save=saved,
-        bias=peft.bias,
-        also_train=peft.also_train,
-        bottleneck_size=peft.bottleneck_size,
-    )
-
-
-def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, total_steps: int):
-    """The compiled steps (not compiled yet) and the schedule."""
-    adapting = spec.method != "full"
-    dtype = config.model.frozen_dtype if adapting else config.model.params_dtype
-    abstract = {"params": decoder.abstract_params(model_config, dtype)}
-    if adapting:
-        initialise = functools.partial(lora.init, spec=spec)
-        abstract["adapter"] = jax.eval_shape(initialise, jax.random.key(0), abstract["params"])
-    optimizer, schedule = optim.make_optimizer(
-        name=config.train.optim,
-        learning_rate=config.train.learning_rate,
-        total_steps=total_steps,
-        schedule=config.train.lr_scheduler_type,
-        warmup_steps=config.train.warmup_steps,
-        warmup_ratio=config.train.warmup_ratio,
-        weight_decay=config.train.weight_decay,
-        b1=config.train.adam_beta1,
-        b2=config.train.adam_beta2,
-        eps=config.train.adam_epsilon,
-        max_grad_norm=config.train.max_grad_norm,
-        loraplus_lr_ratio=config.peft.loraplus_lr_ratio,
-        seed=config.seed,
-    )
-    runtime = decoder.Runtime(
-        compute_dtype=config.model.compute_dtype,
-        remat=config.model.remat,
-        attention=config.model.attention or None,
-        unroll=config.model.scan_unroll,
-        mesh=mesh,
-        adapter_dropout=spec.dropout if adapting else 0.0,
-        attention_dropout=config.model.attention_dropout,
-        residual_dropout=config.model.residual_dropout,
-        embedding_dropout=config.model.embedding_dropout,
-        neftune_alpha=config.train.neftune_noise_alpha,
-    )
-    built = program.build(
-        model_config,
-        runtime,
-        mesh,
-        abstract,
-        optimizer,
-        trainable_regex=lora.trainable_regex(spec),
-        max_segments=config.data.max_segments,
-        seed=config.seed,
-    )
-    return built, schedule
-
-
-def preflight(config, mixture: Mixture, tokenizer, micro_rows: int):
-    return preflights.run(
-        mixture,
-        tokenizer,
-        length=config.data.max_length,
-        batch_size=micro_rows,
-        accumulation=config.train.gradient_accumulation_steps,
-        packing_strategy=config.data.packing,
-        max_segments=config.data.max_segments,
-        packing_bins=config.data.packing_bins or None,
-        overlong=config.data.over_length,
-        max_dropped=config.data.max_dropped_fraction,
-        sample_rows=config.data.preflight_rows,
-        max_steps=config.train.max_steps,
-    )
-
-
-def write_masks(folder: runs.RunFolder, mixture: Mixture, tokenizer, count: int = 6) -> None:
-    """The first samples with what is trained in them, for the report."""
-    lines = []
-    for ingredient in mixture.ingredients:
-        for row in range(min(count, len(ingredient.source))):
-            try:
-                made = ingredient.encode(ingredient.source[row], row)
-            except RowError:
-                continue
-            for sample in made[:1]:
-                pieces = [{"text": text, "weight": weight} for text, weight in preview.runs(tokenizer, sample)]
-                lines.append(
-                    {"source": ingredient.source.name, "index": row, "sample": sample.sample, "pieces": pieces}
-                )
-    runs.write_text(folder.file("masks.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def announce(config, job_program: program.Program, total_steps: int) -> None:
-    """Two lines: what is trained, and what it runs on."""
-    count = job_program.count()
-    total = count["base"] + count["adapter"]
-    print(
-        f"trainable parameters: {count['trainable']:,} beside {count['base']:,} in the base "
-        f"({100 * count['trainable'] / total:.3g} %)"
-    )
-    device = jax.devices()[0]
-    print(
-        f"{jax.device_count()} x {device.device_kind} ({device.platform}), mesh "
-        f"{dict(job_program.mesh.shape)}, compute in {config.model.compute_dtype}, {total_steps} steps"
-    )
 
 
 # --- restore -------------------------------------------------------------------------------------------------------
@@ -388,33 +126,6 @@ def restore(job: Job):
     job.folder.cut_back(restored.step)
     print(f"continuing from step {restored.step} of {job.total_steps}")
     return restored.state, frozen, Progress.from_json(restored.step, restored.position, restored.meta)
-
-
-def load_variables(job: Job) -> dict[str, Any]:
-    """The base weights and a fresh (or given) adapter, where the program wants them."""
-    abstract = tree.merge(job.program.abstract_state.trainable, job.program.abstract_frozen)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    dtype = next(iter(tree.flatten(abstract["params"]).values())).dtype
-    own = job.opened.config
-    if job.model_config == own:
-        params = hf.load_params(job.opened.files, own, dtype, shardings["params"])
-    else:
-        params = hf.load_params(job.opened.files, own, dtype)
-        params, _ = vocab.resize_vocab(
-            params,
-            own,
-            job.model_config.valid_vocab or job.model_config.vocab_size,
-            job.config.model.pad_vocab_to_multiple_of,
-        )
-        params = jax.device_put(params, shardings["params"])
-    variables = {"params": params}
-    if "adapter" in abstract:
-        if job.config.peft.adapter_path:
-            adapter, _ = peft_format.load_adapter(job.config.peft.adapter_path, job.model_config)
-        else:
-            adapter = lora.init(jax.random.key(job.config.seed), variables["params"], job.spec)
-        variables["adapter"] = jax.device_put(adapter, shardings["adapter"])
-    return variables
 
 
 # --- loop ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"main", "convert", "chat", "inference"},
     {"train", "plan", "bench", "doctor", "serve", "synth"},
+    {"job"},
     {"chat", "finish", "inference"},
     {"evaluate", "loading", "samples", "score", "runlog"},
     {"generate", "report"},
@@ -30,8 +31,8 @@ LAYERS = [
 ]
 EVERYBODY = {"errors"}
 WINGS = {"data": set(), "curate": {"data"}}  # each with the wings it may use beside numpy, Grain and the tokenizer
-USE_WINGS = set().union(*LAYERS[:4])
-USE_CONFIG = {"main", "train", "plan", "bench", "finish", "doctor", "convert"}  # below: plain arguments
+USE_WINGS = set().union(*LAYERS[:5])
+USE_CONFIG = {"main", "train", "job", "plan", "bench", "finish", "doctor", "convert"}  # below: plain arguments
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 BANNED_MODULES = {
