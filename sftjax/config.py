@@ -64,7 +64,8 @@ def defaults() -> ConfigDict:
     config.data.over_length = "truncate"
     config.data.packing = "best_fit"
     config.data.packing_bins = 0  # rows kept open at once; 0: by the length
-    config.data.max_segments = 32
+    config.data.max_segments = 32  # of a row, the padding behind its samples included
+    config.data.static_lengths = 4  # sizes that unpacked and padding-free rows are padded to; each is compiled once
     config.data.train_on = "all"
     config.data.on_mask_error = "unroll"
     config.data.max_dropped_fraction = 0.1
@@ -232,6 +233,7 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
             f"(mesh.data x mesh.fsdp): make train.batch_size a multiple of {micro * batch_shards}, or lower mesh.fsdp",
         )
     require(config.data.max_segments >= 2, "data.max_segments must be at least 2: the padding is a segment of its own")
+    require(config.data.static_lengths >= 1, f"data.static_lengths={config.data.static_lengths} must be at least 1")
     require(0 <= config.data.eval_fraction < 1, f"data.eval_fraction={config.data.eval_fraction} is not in [0, 1)")
     require(
         config.train.max_steps > 0 or config.train.num_train_epochs > 0,

@@ -24,6 +24,7 @@ from sftjax.data.types import RowError
 from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
+from sftjax.parallel import partition
 from sftjax.peft import lora
 from sftjax.peft.spec import AdapterSpec
 from sftjax.weights import hf, peft_format, vocab
@@ -43,7 +44,8 @@ class Job:
     mixture: Mixture
     held_out: Mixture | None
     total_steps: int
-    micro_rows: int
+    batching: dict[str, Any]  # how samples become batches
+    batch_rows: int  # rows of a micro-batch, over all devices
     prompts: list[list[dict[str, Any]]]  # conversations whose next answer is sampled
     stop: stopping.StopSignal | None = None
 
@@ -55,8 +57,7 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     )
     mixture, held_out = open_data(config, opened.tokenizer)
     mesh = meshes.make({axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor", "context", "expert")})
-    accumulation = config.train.gradient_accumulation_steps
-    micro_rows = config_lib.rows_per_step(config) // accumulation
+    batching = batching_options(config, mesh)
 
     fingerprints = {
         "data": loading.digest(*(i.source.fingerprint() for i in mixture.ingredients)),
@@ -78,7 +79,13 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     folder.write_json("config.json", json.loads(config_lib.to_json(config)))
     folder.write_json("environment.json", runs.environment(fingerprints))
 
-    report = preflight(config, mixture, opened.tokenizer, micro_rows)
+    report = preflights.run(
+        mixture,
+        opened.tokenizer,
+        sample_rows=config.data.preflight_rows,
+        max_steps=config.train.max_steps,
+        **batching,
+    )
     folder.write_json("preflight.json", report.to_dict())
     report.print()
     report.check()
@@ -100,7 +107,8 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
         mixture,
         held_out,
         total_steps,
-        micro_rows,
+        batching,
+        batching["flat_rows"] if config.data.packing == "padding_free" else batching["batch_size"],
         samples.choose_prompts(config.eval.prompts, held_out, config.eval.num_samples),
     )
 
@@ -137,6 +145,29 @@ def open_data(config: config_lib.ConfigDict, tokenizer) -> tuple[Mixture, Mixtur
     mixture = Mixture(train_sources, seed=config.seed, shuffle=config.data.shuffle, epochs=epochs)
     held_out = Mixture(held_sources, shuffle=False, epochs=1) if held_sources else None
     return mixture, held_out
+
+
+def batching_options(config: config_lib.ConfigDict, mesh) -> dict[str, Any]:
+    """How samples become batches: what the preflight counts with and the pipeline does."""
+    accumulation, flat_rows = config.train.gradient_accumulation_steps, partition.batch_shards(mesh)
+    micro_rows = config_lib.rows_per_step(config) // accumulation
+    fill, segments = "sequences", config.data.max_segments
+    if config.data.packing == "padding_free" and config.train.batch_tokens:
+        # a flat row is as long as several others, and may hold as many samples as they together
+        fill, segments = "tokens", (segments - 1) * (micro_rows // flat_rows) + 1
+    return {
+        "length": config.data.max_length,
+        "batch_size": micro_rows,
+        "accumulation": accumulation,
+        "packing_strategy": config.data.packing,
+        "max_segments": segments,
+        "packing_bins": config.data.packing_bins or None,
+        "static_lengths": config.data.static_lengths,
+        "flat_rows": flat_rows,
+        "fill": fill,
+        "overlong": config.data.over_length,
+        "max_dropped": config.data.max_dropped_fraction,
+    }
 
 
 def grown(config: config_lib.ConfigDict, opened: loading.Opened) -> ModelConfig:
@@ -224,23 +255,6 @@ def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, to
         seed=config.seed,
     )
     return built, schedule
-
-
-def preflight(config, mixture: Mixture, tokenizer, micro_rows: int):
-    return preflights.run(
-        mixture,
-        tokenizer,
-        length=config.data.max_length,
-        batch_size=micro_rows,
-        accumulation=config.train.gradient_accumulation_steps,
-        packing_strategy=config.data.packing,
-        max_segments=config.data.max_segments,
-        packing_bins=config.data.packing_bins or None,
-        overlong=config.data.over_length,
-        max_dropped=config.data.max_dropped_fraction,
-        sample_rows=config.data.preflight_rows,
-        max_steps=config.train.max_steps,
-    )
 
 
 def write_masks(folder: runs.RunFolder, mixture: Mixture, tokenizer, count: int = 6) -> None:

@@ -139,7 +139,7 @@ def loop(job: Job, state, frozen, progress: Progress):
       Diverged: losses stayed non-finite; what is saved is sound.
     """
     config = job.config
-    rows = job.program.local_rows(job.micro_rows)
+    rows = job.program.local_rows(job.batch_rows)
     patience = Patience(config.eval.early_stopping_patience, progress.best, progress.waited)
     with (
         checkpointer(job) as checkpoints,
@@ -156,7 +156,7 @@ def loop(job: Job, state, frozen, progress: Progress):
             item = next(items, None)
             if item is None:
                 break
-            batch = job.program.put(item.batch, item.info.rows, job.micro_rows)
+            batch = job.program.put(item.batch, item.info.rows, job.batch_rows)
             if compiled:
                 state, figures = job.program.train_step(state, frozen, batch)
             else:
@@ -200,21 +200,13 @@ def open_log(job: Job, step: int) -> RunLog:
 
 
 def train_pipeline(job: Job, rows: Sequence[int], position: dict[str, Any] | None) -> pipelines.Pipeline:
-    config = job.config
     return pipelines.build(
         job.mixture,
-        length=config.data.max_length,
-        batch_size=job.micro_rows,
-        accumulation=config.train.gradient_accumulation_steps,
-        packing_strategy=config.data.packing,
-        max_segments=config.data.max_segments,
-        packing_bins=config.data.packing_bins or None,
-        overlong=config.data.over_length,
-        max_dropped=config.data.max_dropped_fraction,
         pad_id=job.opened.tokenizer.pad_id,
         rows=rows,
-        workers=config.data.workers,
+        workers=job.config.data.workers,
         position=position,
+        **job.batching,
     )
 
 
@@ -295,16 +287,16 @@ def measure(job: Job, state, frozen, log, step: int) -> dict[str, float]:
 
 
 def evaluate_held_out(job: Job, state, frozen) -> Evaluation:
-    config = job.config
-    rows = config.eval.batch_size or job.micro_rows
+    """Held-out loss, in rows of `max_length` tokens: figures are by example, so packing doesn't change them."""
+    rows = job.config.eval.batch_size or job.batching["batch_size"]
+    strategy = job.batching["packing_strategy"]
     pipeline = pipelines.build_eval(
         job.held_out,
-        length=config.data.max_length,
         batch_size=rows,
-        packing_strategy=config.data.packing,
-        max_segments=config.data.max_segments,
-        overlong=config.data.over_length,
+        packing_strategy="best_fit" if strategy == "padding_free" else strategy,
+        max_segments=job.config.data.max_segments,
         rows=job.program.local_rows(rows),
+        **{name: job.batching[name] for name in ("length", "static_lengths", "overlong")},
     )
     with pipeline:
         return evaluate(job.program, state.trainable, frozen, pipeline, job.held_out.names)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sftjax import optim, program, step, tree
-from sftjax.data import packing
+from sftjax.data import packing, pipeline
+from sftjax.data.mixture import Ingredient, Mixture
 from sftjax.data.types import Sample
 from sftjax.models import decoder
 from sftjax.models.config import LayerSpec, ModelConfig, Rope
@@ -71,10 +72,14 @@ def params():
     return {"params": decoder.init_params(jax.random.key(1), CONFIG, jnp.float32)}
 
 
+@functools.cache
+def compiled():
+    return jax.jit(functools.partial(step.loss_and_gradients, config=CONFIG, runtime=RUNTIME))
+
+
 def gradients(batch):
     trainable, frozen = tree.partition(params(), "params/.*")
-    run = jax.jit(functools.partial(step.loss_and_gradients, config=CONFIG, runtime=RUNTIME))
-    sums, grads = run(trainable, frozen, batch, None)
+    sums, grads = compiled()(trainable, frozen, batch, None)
     return float(sums["nll"] / sums["weight"]), tree.flatten(jax.tree.map(np.asarray, grads)), sums
 
 
@@ -96,6 +101,48 @@ def test_packed_equals_alone():
     alone = batch_of([[sample] for sample in made], 1)
     packed = batch_of([made[0:2], made[2:4], made[4:6], made[6:8]], 2)
     assert_same(gradients(alone), gradients(packed))
+
+
+class Made(list):
+    """Samples as a source of data."""
+
+    name = "made"
+
+    def location(self, index):
+        return f"made:{index}"
+
+
+def encode(sample, index=0, source=0):
+    return [sample]
+
+
+def first_step(made, strategy, **options):
+    """The first batch of the real pipeline, and what stands behind it."""
+    mixture = Mixture([Ingredient(Made(made), encode)], shuffle=False)
+    with pipeline.build(mixture, length=LENGTH, packing_strategy=strategy, prefetch=0, **options) as items:
+        item = next(items)
+        assert next(items, None) is None
+    return {name: item.batch[name] for name in program.BATCH_ARRAYS}, item.info
+
+
+def test_packed_padding_free_and_unpacked_rows_of_the_pipeline_agree():
+    made = samples(8)
+    unpacked, info = first_step(made, "none", batch_size=8)
+    reference = gradients(unpacked)
+    layouts = {
+        "packed": dict(strategy="best_fit", batch_size=2, accumulation=2, packing_bins=4),
+        "flat": dict(strategy="padding_free", batch_size=8, static_lengths=4),
+        "flat_by_device": dict(strategy="padding_free", batch_size=4, flat_rows=2, accumulation=2),
+        "flat_by_tokens": dict(strategy="padding_free", batch_size=4, fill="tokens", max_segments=9),
+    }
+    shapes = {}
+    for name, options in layouts.items():
+        batch, found = first_step(made, **options)
+        shapes[name] = batch["tokens"].shape
+        assert (found.real_tokens, found.trained_tokens) == (info.real_tokens, info.trained_tokens), name
+        assert_same(reference, gradients(batch))
+    assert shapes["flat"][:2] == (1, 1) and shapes["flat_by_device"][:2] == (2, 2)
+    assert shapes["flat"][2] < 8 * LENGTH  # padded to a static size, not to the capacity
 
 
 def test_micro_batches_without_a_trained_token_change_nothing():

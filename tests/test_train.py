@@ -90,7 +90,7 @@ def test_sigterm_saves_and_says_so(place, unbroken):
     assert_same_run(unbroken, place / "stopped")
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "none"])
+@pytest.mark.parametrize("packing", ["best_fit", "none", "padding_free"])
 def test_with_learning_rate_zero_the_logged_loss_is_the_score(place, packing):
     name = f"score-{packing}"
     tiny_run.run(

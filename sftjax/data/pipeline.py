@@ -120,13 +120,14 @@ def build(
     kept = tuple(range(shape.rows)) if rows is None else tuple(int(row) for row in rows)
     if any(not 0 <= row < shape.rows for row in kept):
         raise ConfigError(f"rows {kept} are not all in a batch of {shape.rows} rows")
+    rows_made = {"rows": shape.rows, "lengths": list(shape.lengths), "max_examples": shape.max_examples}
+    if packing_strategy == "padding_free" and fill == "sequences":
+        rows_made = {"sequences": batch_size}  # so many a step, in however many rows (devices) they are laid out
     settings = {
         "mixture": mixture.settings(),
         "length": length,
-        "rows": shape.rows,
+        **rows_made,
         "accumulation": accumulation,
-        "lengths": list(shape.lengths),
-        "max_examples": shape.max_examples,
         "packing": packing_strategy,
         "packing_bins": bins,
         "overlong": overlong,
@@ -143,7 +144,7 @@ def build_eval(
     """Opens evaluation data: one pass in the order of the files, the last batch filled up with padding rows.
 
     Give it a `Mixture(..., shuffle=False)` of one epoch; each sample comes exactly once, and all batches have the same
-    shape. `packing_strategy="none"` for one sample a row. Options as in `build` (not `accumulation`: A is 1).
+    number of rows. `packing_strategy="none"` for one sample a row. Options as in `build` (not `accumulation`: A is 1).
     """
     if mixture.shuffle or mixture.epochs != 1:
         raise ConfigError("evaluation data: make the mixture with shuffle=False and epochs=1")

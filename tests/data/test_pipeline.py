@@ -96,6 +96,21 @@ def test_row_subsets_are_the_global_batch_and_info_is_global():
             assert (one.info.rows, two.info.rows, three.info.rows) == ((0, 1, 2), (2, 0), (1,))
 
 
+def test_a_padding_free_position_holds_on_another_number_of_devices():
+    options = {"packing_strategy": "padding_free", "batch_size": 4, "static_lengths": 2}
+    with opened(flat_rows=1, **options) as pipeline:
+        items = list(pipeline)
+    with opened(flat_rows=4, position=items[2].position, **options) as pipeline:
+        rest = list(pipeline)
+
+    def examples(item):
+        return [example for micro in item.info.examples for row in micro for example in row]
+
+    assert [examples(item) for item in rest] == [examples(item) for item in items[3:]]
+    with pytest.raises(ConfigError, match="max_examples"):
+        opened(flat_rows=4, fill="tokens", position=items[2].position, **options)
+
+
 @pytest.mark.parametrize("strategy", ["best_fit", "none", "padding_free"])
 def test_one_epoch_covers_each_sample_once_with_the_last_window_filled_up(strategy):
     rows = [{"n": 40}] * 17
