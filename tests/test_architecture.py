@@ -13,15 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imports only go to a later line; names on one line don't import each other. (A package may import within itself.)
 LAYERS = [
     {"main", "convert", "chat", "inference"},
-    {"train", "plan", "bench", "doctor", "serve", "synth"},
+    {"train", "plan_search", "bench", "doctor", "serve", "synth"},
+    {"plan"},
     {"job"},
     {"chat", "finish", "inference"},
-    {"evaluate", "loading", "samples", "score", "runlog"},
-    {"generate", "report"},
+    {"evaluate", "loading", "samples", "score", "runlog", "topology"},
+    {"generate", "report", "costs"},
     {"program"},
     {"step"},
     {"optim", "metrics", "checkpoint", "runs", "stopping", "weights"},
-    {"optim8bit", "digest", "lock", "charts"},
+    {"optim8bit", "digest", "lock", "charts", "hlo", "hardware"},
     {"models"},
     {"peft"},
     {"kernels"},
@@ -31,8 +32,9 @@ LAYERS = [
 ]
 EVERYBODY = {"errors"}
 WINGS = {"data": set(), "curate": {"data"}}  # each with the wings it may use beside numpy, Grain and the tokenizer
-USE_WINGS = set().union(*LAYERS[:5])
-USE_CONFIG = {"main", "train", "job", "plan", "bench", "finish", "doctor", "convert"}  # below: plain arguments
+USE_WINGS = set().union(*LAYERS[:6])
+# the others take plain arguments
+USE_CONFIG = {"main", "train", "job", "plan", "plan_search", "bench", "finish", "doctor", "convert"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 BANNED_MODULES = {

@@ -1,0 +1,164 @@
+"""Reads a compiled program's text: what its devices send each other, how often, and which kernels are in it.
+
+The compiler writes one `collective` several times where it overlaps it with work (start, middle, end): all carry the
+same channel, so each channel is counted once. What is inside a loop counts as often as the loop runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([%\w.\-, ]+)\}?")
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
+_BITS = {"pred": 8, "s4": 4, "u4": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between devices.
+
+    Attributes:
+      kind: one of `KINDS`; an all-reduce of which each device keeps its part is a reduce-scatter.
+      arrays: (dtype, shape) of what is gathered or reduced, whole.
+      devices: how many take part.
+      times: in one run of the program.
+      source: where in the program it comes from, as jax names it.
+    """
+
+    kind: str
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    devices: int
+    times: int
+    source: str
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole arrays, once."""
+        return sum(array_bytes(dtype, shape) for dtype, shape in self.arrays)
+
+    @property
+    def received(self) -> float:
+        """Bytes that each device must receive in one run, at the least."""
+        if self.kind == "collective-permute":
+            return float(self.bytes * self.times)
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return self.bytes * rounds * (self.devices - 1) / self.devices * self.times
+
+
+def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+    return math.prod(shape) * bits // 8
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """What the devices of a program exchange, largest first.
+
+    Args:
+      text: `compiled.as_text()`.
+      devices: of the whole program; a group that isn't spelled out has all of them.
+    """
+    times = _times(text)
+    found: dict[str, Collective] = {}
+    for computation, name, result, operation, line in _instructions(text):
+        kind = operation.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        arrays = _arrays(result)
+        if operation.endswith("-start") and kind in ("all-gather", "collective-permute"):
+            whole = [array for array in arrays if array[1]]  # operands, then results, then scalars for bookkeeping
+            arrays = whole[len(whole) // 2 :]
+        if kind == "reduce-scatter":
+            arrays = _arrays(line.split(operation + "(", 1)[1].split(")")[0]) or arrays
+        if kind == "all-reduce" and "all-reduce-scatter" in computation:
+            kind = "reduce-scatter"
+        channel = re.search(r"channel_id=(\d+)", line)
+        source = re.search(r'op_name="([^"]*)"', line)
+        collective = Collective(
+            kind, tuple(arrays), _group(line, devices), times.get(computation, 1), source[1] if source else ""
+        )
+        key = channel[1] if channel else name
+        if collective.devices > 1 and (key not in found or found[key].times < collective.times):
+            found[key] = collective
+    return sorted(found.values(), key=lambda collective: -collective.received)
+
+
+def kernels(text: str) -> list[str]:
+    """Names of the hand-written kernels in a program (Pallas, cuDNN), each once."""
+    names = set()
+    for _, name, _, operation, line in _instructions(text):
+        target = re.search(r'custom_call_target="([^"]*)"', line)
+        if operation != "custom-call" or target is None:
+            continue
+        if target[1] in ("tpu_custom_call", "mosaic_gpu_v2"):
+            names.add(re.sub(r"(\.\d+|\.clone)+$", "", name))
+        elif target[1].startswith("__cudnn"):
+            names.add(target[1].strip("_"))
+    return sorted(names)
+
+
+def _instructions(text: str) -> Iterator[tuple[str, str, str, str, str]]:
+    """(computation, name, result type, operation, line) of every instruction."""
+    computation = ""
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            computation = start[2]
+        elif match := _INSTRUCTION.match(line):
+            yield computation, *match.groups(), line
+
+
+def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [
+        (dtype, tuple(int(size) for size in shape.split(",")) if shape else ()) for dtype, shape in _ARRAY.findall(text)
+    ]
+
+
+def _times(text: str) -> dict[str, int]:
+    """How often each computation runs when the program runs once; a loop of unknown length counts once."""
+    entry = ""
+    for line in text.splitlines():
+        if (start := _COMPUTATION.match(line)) and start[1]:
+            entry = start[2]
+    limits: dict[str, list[int]] = {}
+    called: dict[str, dict[str, int]] = {}
+    loops = []
+    for computation, _, _, operation, line in _instructions(text):
+        if constant := re.search(r"= s32\[\]\S* constant\((\d+)\)", line):
+            limits.setdefault(computation, []).append(int(constant[1]))
+        edges = called.setdefault(computation, {})
+        for names in _CALLED.findall(line):
+            for name in re.findall(r"[\w.\-]+", names):
+                edges.setdefault(name, 1)
+        if operation == "while":
+            loops.append((edges, line))
+    for edges, line in loops:
+        condition, body = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("condition", "body"))
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        bounds = limits.get(condition, [])  # a scan's condition compares with its length, and with nothing else
+        edges[body] = int(known[1]) if known else bounds[0] if len(bounds) == 1 else 1
+    times = {entry: 1}
+    waiting = [entry]
+    while waiting:
+        computation = waiting.pop()
+        for name, factor in called.get(computation, {}).items():
+            if times.get(name, 0) < times[computation] * factor:
+                times[name] = times[computation] * factor
+                waiting.append(name)
+    return times
+
+
+def _group(line: str, devices: int) -> int:
+    """How many devices exchange with each other, from any of the three ways to write it."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
+        return int(iota[2])
+    if explicit := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(explicit[1].split(","))
+    return devices

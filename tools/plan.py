@@ -1,0 +1,57 @@
+"""Plans a run before it is paid for: memory, kernels, exchanged bytes, and a floor on its time, compiled for devices
+that needn't be here.
+
+    python tools/plan.py --config=configs/llama7b.py --topology=v5e:4x4
+    python tools/plan.py --config=configs/llama3_8b_lora.py --topology=h100:1 --preflight=RUN/preflight.json --price=3
+
+Topologies: TPU slices (v5e:4x4, v5p:2x2x4, v6e:8x8), GPUs (h100:8, a6000, gpu), cpu. Any field can be set as in
+training: --config.train.batch_size=64. Of the model's folder only config.json is read.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import app, flags, logging
+
+from sftjax.errors import ConfigError, exit_with_message
+from sftjax.main import parse_flags, read_config
+
+_TOPOLOGY = flags.DEFINE_string("topology", "", "What to plan for: v5e:4x4, v5p:2x2x4, h100:8, gpu, cpu.")
+_OUT = flags.DEFINE_string("out", "", "JSON to write.")
+_PREFLIGHT = flags.DEFINE_string("preflight", "", "A run's preflight.json: the plan then tells tokens and hours.")
+_PRICE = flags.DEFINE_float("price", None, "Of a device and hour (a tpu7x chip is two devices); with --preflight.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try micro-batches, remat and meshes; name the fastest that fits.")
+
+
+def main(argv: list[str]) -> int:
+    config = read_config()
+    if config is None or not _TOPOLOGY.value or len(argv) > 1:
+        raise ConfigError("give --config=configs/NAME.py and --topology=v5e:4x4 (or another)")
+    logging.set_verbosity(logging.WARNING)
+    from sftjax import plan, plan_search, topology  # after the flags, so that --help and mistakes answer at once
+
+    target = topology.find(_TOPOLOGY.value)
+    preflight = read_json(_PREFLIGHT.value) if _PREFLIGHT.value else None
+    if _SEARCH.value:
+        result = plan_search.search(config, target, preflight=preflight, price=_PRICE.value)
+        print(plan_search.describe(result))
+    else:
+        result = plan.make(config, target, preflight=preflight, price=_PRICE.value)
+        print(plan.describe(result))
+    if _OUT.value:
+        Path(_OUT.value).write_text(json.dumps(result, indent=2))
+    return 0 if result["memory"]["fits"] else plan.DoesNotFit.exit_code
+
+
+def read_json(path: str) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: can't be read as JSON ({error})") from error
+
+
+if __name__ == "__main__":
+    exit_with_message(lambda: app.run(lambda argv: exit_with_message(lambda: main(argv)), flags_parser=parse_flags))
