@@ -25,6 +25,7 @@ CHOICES = {
     "data.over_length": ("drop", "truncate", "split", "error"),
     "data.train_on": ("all", "last", "weights"),
     "data.on_mask_error": ("raise", "drop", "unroll"),
+    "train.loss_reduction": ("token", "example"),
     "train.lr_scheduler_type": ("cosine", "linear", "constant", "wsd"),
     "peft.method": ("none", "lora", "dora", "houlsby", "pfeiffer"),
     "peft.bias": ("none", "all", "lora_only"),
@@ -79,6 +80,7 @@ def defaults() -> ConfigDict:
     config.train.gradient_accumulation_steps = 1
     config.train.num_train_epochs = 1.0
     config.train.max_steps = 0  # 0: by epochs
+    config.train.loss_reduction = "token"  # what counts alike in a step's loss; evaluation is always by token
     config.train.learning_rate = 2e-5
     config.train.lr_scheduler_type = "cosine"
     config.train.warmup_ratio = 0.03

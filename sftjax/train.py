@@ -204,6 +204,7 @@ def train_pipeline(job: Job, rows: Sequence[int], position: dict[str, Any] | Non
         job.mixture,
         pad_id=job.opened.tokenizer.pad_id,
         rows=rows,
+        reduction=job.config.train.loss_reduction,
         workers=job.config.data.workers,
         position=position,
         **job.batching,

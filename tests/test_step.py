@@ -145,6 +145,19 @@ def test_packed_padding_free_and_unpacked_rows_of_the_pipeline_agree():
     assert shapes["flat"][2] < 8 * LENGTH  # padded to a static size, not to the capacity
 
 
+def test_by_example_every_sample_counts_alike_packed_and_unpacked():
+    made = samples(6)
+    alone = [gradients(batch_of([[sample]], 1)) for sample in made]
+    mean_loss = np.mean([loss for loss, _, _ in alone])
+    mean_gradient = {path: np.mean([grads[path] for _, grads, _ in alone], axis=0) for path in alone[0][1]}
+    for options in (dict(strategy="none", batch_size=6), dict(strategy="best_fit", batch_size=2, accumulation=2)):
+        batch, _ = first_step(made, reduction="example", **options)
+        found = gradients(batch)
+        assert_same((mean_loss, mean_gradient), found)
+        assert float(found[2]["weight"]) == pytest.approx(6, rel=1e-6)
+        assert int(found[2]["trained"]) == sum(int(np.sum(sample.weights[1:] > 0)) for sample in made)
+
+
 def test_micro_batches_without_a_trained_token_change_nothing():
     made = samples(2)
     silent = Sample(made[0].tokens, np.zeros_like(made[0].weights))

@@ -90,15 +90,19 @@ def test_sigterm_saves_and_says_so(place, unbroken):
     assert_same_run(unbroken, place / "stopped")
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "none", "padding_free"])
-def test_with_learning_rate_zero_the_logged_loss_is_the_score(place, packing):
-    name = f"score-{packing}"
+@pytest.mark.parametrize(
+    ("packing", "reduction"),
+    [("best_fit", "token"), ("none", "token"), ("padding_free", "token"), ("best_fit", "example")],
+)
+def test_with_learning_rate_zero_the_logged_loss_is_the_score(place, packing, reduction):
+    name = f"score-{packing}-{reduction}"
     tiny_run.run(
         command(
             place,
             name,
             train__learning_rate=0.0,
             train__num_train_epochs=1.0,
+            train__loss_reduction=reduction,
             data__packing=packing,
             data__max_length=256,
             data__eval_fraction=0.0,
@@ -110,13 +114,16 @@ def test_with_learning_rate_zero_the_logged_loss_is_the_score(place, packing):
     train_loss = np.sum(weight * [line["loss"] for line in logged]) / weight.sum()
     out = place / f"{name}.jsonl"
     data, model = str(place / "chats.jsonl"), str(place / "model")
-    tiny_run.run(
-        [tiny_run.sys.executable, "tools/score.py", "--model", model, "--data", data, "--out", str(out)]
-    )
+    tiny_run.run([tiny_run.sys.executable, "tools/score.py", "--model", model, "--data", data, "--out", str(out)])
     scored = tiny_run.lines(out)
-    nll, trained = (sum(row[key] for row in scored) for key in ("nll", "num_trained_tokens"))
-    assert trained == weight.sum() == logged[-1]["num_trained_tokens"]
-    assert train_loss == pytest.approx(nll / trained, rel=1e-5)
+    nll, trained = (np.array([row[key] for row in scored]) for key in ("nll", "num_trained_tokens"))
+    assert trained.sum() == logged[-1]["num_trained_tokens"]
+    if reduction == "token":
+        assert weight.sum() == trained.sum()
+        assert train_loss == pytest.approx(nll.sum() / trained.sum(), rel=1e-5)
+    else:
+        assert weight.sum() == pytest.approx(len(scored), rel=1e-6)
+        assert train_loss == pytest.approx(np.mean(nll / trained), rel=1e-5)
 
 
 def test_eight_devices_follow_one(place, unbroken):

@@ -77,6 +77,7 @@ def build(
     flat_rows: int = 1,
     fill: str = "sequences",
     overlong: str = "truncate",
+    reduction: str = "token",
     max_dropped: float = 1.0,
     pad_id: int = 0,
     rows: Sequence[int] | None = None,
@@ -95,6 +96,7 @@ def build(
       packing_strategy, max_segments, static_lengths, flat_rows, fill: see `packing.row_shape`.
       packing_bins: see `packing.pack`; None = `packing.default_bins(length)`.
       overlong: see `packing.fit_to_length`.
+      reduction: what counts alike in the loss, each "token" or each "example"; see `stream.SampleStream`.
       max_dropped: DataError once more than this share of rows gave no sample.
       pad_id: id that stands in the padding.
       rows: which of the B rows of each micro-batch this process keeps; None = all. Every process walks the same stream.
@@ -131,8 +133,11 @@ def build(
         "packing": packing_strategy,
         "packing_bins": bins,
         "overlong": overlong,
+        "reduction": reduction,
     }
-    stream = SampleStream(mixture, length=length, overlong=overlong, workers=workers, max_dropped=max_dropped)
+    stream = SampleStream(
+        mixture, length=length, overlong=overlong, reduction=reduction, workers=workers, max_dropped=max_dropped
+    )
     packed = packing.pack(stream, packing_strategy, shape, bins=bins, shuffle=mixture.shuffle, seed=mixture.seed)
     batches = _Batches(stream, packed, shape, accumulation, kept, pad_id, settings, position)
     return Pipeline(batches, shape, prefetch)

@@ -14,9 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import grain
+import numpy as np
 from absl import flags
 
 from sftjax.data import packing
@@ -25,6 +27,7 @@ from sftjax.data.mixture import ENDLESS, Mixture
 from sftjax.data.types import RowError, Sample
 from sftjax.errors import ConfigError, DataError
 
+REDUCTIONS = ("token", "example")
 CHUNK = 16  # rows a worker encodes at a time: one message between processes, one call into the tokenizer
 _CHUNKS_AHEAD = 4  # chunks each worker keeps ready
 _WORKER_RESTARTS = 3  # in a row, without a row in between
@@ -113,7 +116,14 @@ class SampleStream(grain.IterDataset):
     """Elements for the packer (`packing.to_element`), in stream order."""
 
     def __init__(
-        self, mixture: Mixture, *, length: int, overlong: str = "truncate", workers: int = 0, max_dropped: float = 1.0
+        self,
+        mixture: Mixture,
+        *,
+        length: int,
+        overlong: str = "truncate",
+        reduction: str = "token",
+        workers: int = 0,
+        max_dropped: float = 1.0,
     ):
         """A stream over a mixture.
 
@@ -121,15 +131,18 @@ class SampleStream(grain.IterDataset):
           mixture: the rows.
           length: most tokens of a sample.
           overlong: see `packing.fit_to_length`.
+          reduction: "token" leaves weights as they are; "example" scales each sample's so that they add up to 1.
           workers: processes that read and encode; 0 = this one.
           max_dropped: DataError once more than this share of the rows read gave no sample.
         """
         super().__init__()
         if overlong not in packing.OVERLONG:
             raise ConfigError(f"data.overlong={overlong!r} is unknown: choose one of {', '.join(packing.OVERLONG)}")
+        if reduction not in REDUCTIONS:
+            raise ConfigError(f"train.loss_reduction={reduction!r} is unknown: choose one of {', '.join(REDUCTIONS)}")
         if workers < 0:
             raise ConfigError(f"data.workers={workers} must be 0 or more")
-        self.mixture, self.length, self.overlong = mixture, length, overlong
+        self.mixture, self.length, self.overlong, self.reduction = mixture, length, overlong, reduction
         self.workers, self.max_dropped = workers, max_dropped
 
         self.opened: SampleIterator | None = None  # the iterator that the packer reads
@@ -192,6 +205,8 @@ class SampleIterator(grain.DatasetIterator):
         self._before, self._carry_before = self.ledger.snapshot(), self._carry
         row = self._next_row()
         pieces = account(self.ledger, row, self._stream.length, self._stream.overlong, self._stream.mixture.location)
+        if self._stream.reduction == "example":
+            pieces = count_alike(pieces, self._stream.mixture.location)
         if pieces:
             self._pieces, self._since_sample = pieces, 0
             return
@@ -273,6 +288,23 @@ def account(ledger: Ledger, row: EncodedRow, length: int, overlong: str, locatio
         if row.error is None and not row.samples:
             ledger.drop(source, row.row, "no_sample")
     return pieces
+
+
+def count_alike(pieces: list[Sample], location: Any) -> list[Sample]:
+    """The pieces of a row with weights scaled so that those of each sample, all its pieces together, add up to 1.
+
+    Scaled before they are packed, samples count alike whatever packing, accumulation and devices do with them.
+    """
+    totals: dict[int, float] = {}
+    for piece in pieces:
+        totals[piece.sample] = totals.get(piece.sample, 0.0) + float(piece.weights[1:].sum(dtype=np.float64))
+    for piece in pieces:
+        if (total := totals[piece.sample]) <= 0:
+            raise DataError(
+                f"{location(piece.source, piece.index)}: the weights of this sample add up to {total:g}; "
+                "with train.loss_reduction=example they must add up to more than 0"
+            )
+    return [replace(piece, weights=(piece.weights / totals[piece.sample]).astype(np.float32)) for piece in pieces]
 
 
 def explain_drops(ledger: Ledger) -> str:

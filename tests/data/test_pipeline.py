@@ -96,6 +96,17 @@ def test_row_subsets_are_the_global_batch_and_info_is_global():
             assert (one.info.rows, two.info.rows, three.info.rows) == ((0, 1, 2), (2, 0), (1,))
 
 
+def test_by_example_the_pieces_of_a_split_sample_count_as_one():
+    rows = [{"n": 300}, {"n": [20, 50], "prompt": 5}, {"n": 90}]
+    weight: dict = {}
+    with opened(Mixture([toy(rows)], shuffle=False), reduction="example") as pipeline:
+        for item in pipeline:
+            for key, total in sum_per_example(item.batch["weights"], item.batch, item.info).items():
+                weight[key] = weight.get(key, 0.0) + total
+            assert item.info.trained_tokens == np.count_nonzero(item.batch["weights"])
+    assert weight == pytest.approx({(0, 0, 0): 1, (0, 1, 0): 1, (0, 1, 1): 1, (0, 2, 0): 1}, rel=1e-6)
+
+
 def test_a_padding_free_position_holds_on_another_number_of_devices():
     options = {"packing_strategy": "padding_free", "batch_size": 4, "static_lengths": 2}
     with opened(flat_rows=1, **options) as pipeline:
