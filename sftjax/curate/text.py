@@ -121,14 +121,14 @@ def words(text: str) -> list[str]:
     """Words without regard to case, punctuation, blanks or Unicode form."""
     if text.isascii():
         return _ASCII_WORDS.findall(text.lower())
-    return _WORDS.findall(unicodedata.normalize("NFKC", text).casefold())
+    return _WORDS.findall(_folded(text))
 
 
 class _Cache(dict):
     def __missing__(self, word: str) -> int:
         if len(self) >= _CACHED_WORDS:
             self.clear()
-        self[word] = value = xxhash.xxh3_64_intdigest(word)
+        self[word] = value = xxhash.xxh3_64_intdigest(word.encode())
         return value
 
 
@@ -158,10 +158,9 @@ def exact_key(dialogue: Dialogue) -> bytes:
 
     Punctuation counts: "Let's eat, grandma" is not "Let's eat grandma".
     """
-    digest = xxhash.xxh3_128()
-    for role, text in dialogue.messages:
-        digest.update(role)
-        digest.update(b"\0")
-        digest.update(" ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode())
-        digest.update(b"\0")
-    return digest.digest()
+    parts = [part for role, text in dialogue.messages for part in (role, " ".join(_folded(text).split()))]
+    return xxhash.xxh3_128_digest("\0".join(parts).encode())
+
+
+def _folded(text: str) -> str:
+    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
