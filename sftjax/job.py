@@ -47,6 +47,7 @@ class Job:
     batching: dict[str, Any]  # how samples become batches
     batch_rows: int  # rows of a micro-batch, over all devices
     prompts: list[list[dict[str, Any]]]  # conversations whose next answer is sampled
+    preflight: preflights.Preflight | None  # whose ledger is completed while training runs
     stop: stopping.StopSignal | None = None
 
 
@@ -65,28 +66,17 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
         "tokenizer": opened.tokenizer.fingerprint(),
         "weights": opened.fingerprint(),
     }
-    saved = folder.read_json("config.json")
-    if saved is not None:
-        environment = folder.read_json("environment.json") or {}
-        notes = runs.check_resume(
-            saved,
-            json.loads(config_lib.to_json(config)),
-            environment.get("fingerprints", {}),
-            fingerprints,
-            allow=allow,
-        )
-        print(*notes, sep="\n")
-    folder.write_json("config.json", json.loads(config_lib.to_json(config)))
-    folder.write_json("environment.json", runs.environment(fingerprints))
-
+    ledger = settle_settings(config, folder, fingerprints, allow)
     report = preflights.run(
         mixture,
         opened.tokenizer,
         sample_rows=config.data.preflight_rows,
-        max_steps=config.train.max_steps,
+        max_steps=config.train.max_steps or (ledger or {}).get("steps", 0),
         **batching,
     )
-    folder.write_json("preflight.json", report.to_dict())
+    keep = ledger is not None and ledger["complete"]  # it may have taken the run a while to read everything
+    if not keep:
+        folder.write_json("preflight.json", report.to_dict())
     report.print()
     report.check()
     total_steps = config.train.max_steps or report.steps
@@ -110,7 +100,28 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
         batching,
         batching["flat_rows"] if config.data.packing == "padding_free" else batching["batch_size"],
         samples.choose_prompts(config.eval.prompts, held_out, config.eval.num_samples),
+        None if keep else report,
     )
+
+
+def settle_settings(
+    config: config_lib.ConfigDict, folder: runs.RunFolder, fingerprints: dict[str, str], allow: Sequence[str]
+) -> dict[str, Any] | None:
+    """Writes down what the run is; of one that goes on, checks that it is still the same.
+
+    Returns:
+      The ledger that the run has, where nothing that it depends on has changed.
+    """
+    settings, ledger = json.loads(config_lib.to_json(config)), None
+    saved = folder.read_json("config.json")
+    if saved is not None:
+        before = (folder.read_json("environment.json") or {}).get("fingerprints", {})
+        print(*runs.check_resume(saved, settings, before, fingerprints, allow=allow), sep="\n")
+        if before == fingerprints and all(change.verdict == "free" for change in runs.changes(saved, settings)):
+            ledger = folder.read_json("preflight.json")
+    folder.write_json("config.json", settings)
+    folder.write_json("environment.json", runs.environment(fingerprints))
+    return ledger
 
 
 def source_spec(entry: Any) -> dict[str, Any]:

@@ -8,10 +8,11 @@ finish     the best checkpoint is exported, loaded again, compared; report and s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -143,6 +144,7 @@ def loop(job: Job, state, frozen, progress: Progress):
     patience = Patience(config.eval.early_stopping_patience, progress.best, progress.waited)
     with (
         checkpointer(job) as checkpoints,
+        ledger_completed(job),
         open_log(job, progress.step) as log,
         train_pipeline(job, rows, progress.position) as pipeline,
     ):
@@ -186,6 +188,19 @@ def loop(job: Job, state, frozen, progress: Progress):
             record(job, progress, pending, log)
             save(job, checkpoints, state, frozen, progress, patience, log, True)
     return state
+
+
+@contextlib.contextmanager
+def ledger_completed(job: Job) -> Iterator[None]:
+    """While training runs, the rows that the preflight left out are read, and the ledger is written down again."""
+    thread = None
+    if job.preflight is not None and jax.process_index() == 0:
+        thread = job.preflight.finish(lambda report: job.folder.write_json("preflight.json", report.to_dict()))
+    try:
+        yield
+    finally:
+        if thread is not None:
+            thread.close()
 
 
 def open_log(job: Job, step: int) -> RunLog:

@@ -144,6 +144,20 @@ def test_a_dry_run_stops_before_the_first_step(place):
     assert not (place / "dry" / "metrics.jsonl").exists()
 
 
+def test_the_ledger_of_a_sampled_preflight_is_completed_while_training_runs(place):
+    fields = {"data__preflight_rows": 20, "train__num_train_epochs": 2.0, "export__enabled": False}
+    done = tiny_run.run(command(place, "sampled", **fields))
+    assert "a sample of 18 of 54 rows" in " ".join(done.stdout.split())
+    ledger = json.loads((place / "sampled" / "preflight.json").read_text())
+    assert ledger["complete"] and ledger["rows_read"] == ledger["rows_in_epoch"] == 54
+    assert not any("a sample of" in warning for warning in ledger["warnings"])
+    # the number of steps stays what the sample made it, whatever is read when the run goes on
+    (place / "sampled" / "summary.json").unlink()
+    again = tiny_run.run([*command(place, "sampled", **{**fields, "data__preflight_rows": 7}), "--dry_run"])
+    assert f"{ledger['steps']} steps" in again.stdout
+    assert json.loads((place / "sampled" / "preflight.json").read_text()) == ledger
+
+
 def test_mistakes_are_one_line_with_their_code(place):
     bad = place / "bad.jsonl"
     bad.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n' * 20)

@@ -7,13 +7,14 @@ completes the ledger while training runs, so that the first step never waits for
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -132,26 +133,39 @@ class Preflight:
                 lines.append((f"  {name}", f"{counts['rows']:,} rows, {share}"))
         return lines
 
-    def finish(self, on_done: Callable[[Preflight], None] | None = None) -> threading.Thread | None:
+    def finish(self, on_done: Callable[[Preflight], None] | None = None) -> Finishing | None:
         """Reads the rows that the sample left out, in a thread that leaves most of the time to training.
 
         `steps` stays. `on_done` gets the completed report (to write it down). None where nothing is left to read.
         """
         if self.complete:
             return None
-
-        def work() -> None:
-            try:
-                self.survey.read(self.survey.places_left(), idle=_IDLE)
-                report = self.survey.report(steps=self.steps)
-                if on_done is not None:
-                    on_done(report)
-            except Exception:
-                log.exception("the preflight ledger could not be completed; training goes on")
-
-        thread = threading.Thread(target=work, daemon=True, name="sftjax-preflight")
+        thread = Finishing(self, on_done)
         thread.start()
         return thread
+
+
+class Finishing(threading.Thread):
+    """The thread of `Preflight.finish`. Close it before the program ends."""
+
+    def __init__(self, report: Preflight, on_done: Callable[[Preflight], None] | None):
+        super().__init__(daemon=True, name="sftjax-preflight")
+        self._report, self._on_done, self._closed = report, on_done, threading.Event()
+
+    def run(self) -> None:
+        try:
+            survey = self._report.survey
+            survey.use_own_encoders()
+            survey.read(survey.places_left(), self._closed, idle=_IDLE)
+            if self._on_done is not None and survey.complete:
+                self._on_done(survey.report(steps=self._report.steps))
+        except Exception:
+            log.exception("the preflight ledger could not be completed; training goes on")
+
+    def close(self) -> None:
+        """Stops reading; what isn't complete by now stays a sample."""
+        self._closed.set()
+        self.join()
 
 
 def run(
@@ -250,14 +264,21 @@ class Survey:
     def complete(self) -> bool:
         return self.ledger.total("rows") == self.rows_in_epoch
 
-    def read(self, places: Sequence[int], idle: float = 0.0) -> None:
-        """Reads rows; rests `idle` times as long as it works."""
+    def use_own_encoders(self) -> None:
+        """Encoders keep what they have worked out; before reading in a thread they are copied, as for a process."""
+        self.mixture = copy.copy(self.mixture)
+        self.mixture.ingredients = tuple(
+            replace(ingredient, encode=copy.deepcopy(ingredient.encode)) for ingredient in self.mixture.ingredients
+        )
+
+    def read(self, places: Sequence[int], stop: threading.Event | None = None, idle: float = 0.0) -> None:
+        """Reads rows until `stop` is set; rests `idle` times as long as it works."""
         for start in range(0, len(places), _CHUNK):
             began = time.monotonic()
             for row in encode_rows(self.mixture, places[start : start + _CHUNK]):
                 self._add(row)
-            if idle:
-                time.sleep(idle * (time.monotonic() - began))
+            if stop is not None and stop.wait(idle * (time.monotonic() - began)):
+                return
 
     def _add(self, row: EncodedRow) -> None:
         pieces = account(self.ledger, row, self.length, self.overlong, self.mixture.location)

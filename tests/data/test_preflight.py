@@ -102,6 +102,14 @@ def test_large_data_is_sampled_and_finished_in_the_background():
     assert exact.finish() is None
 
 
+def test_a_closed_finish_leaves_the_sample_as_it_is():
+    mixture, done = Mixture([toy([{"n": 60}] * 100_000)], shuffle=False), []
+    report = look(mixture=mixture, sample_rows=100)
+    finishing = report.finish(done.append)
+    finishing.close()
+    assert not finishing.is_alive() and not done
+
+
 def test_the_first_step_does_not_wait_for_the_file():
     began = time.monotonic()
     look(toy([{"n": 60}] * 2_000_000), sample_rows=200)
