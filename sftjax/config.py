@@ -42,7 +42,8 @@ def defaults() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.path = ""  # HF folder, .gguf file, or hub id
-    config.model.params_dtype = "float32"  # of the trained weights; the optimizer's masters are the weights themselves
+    # Of the trained weights, which are the optimizer's masters; bfloat16 ones are rounded stochastically.
+    config.model.params_dtype = "float32"
     config.model.frozen_dtype = "bfloat16"  # of weights that aren't trained (PEFT)
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "full"

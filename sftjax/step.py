@@ -99,17 +99,27 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. A step whose loss or gradient isn't finite leaves parameters and optimizer as they were.
 
+    Randomness (dropout, noise, the rounding of bfloat16 parameters) depends on the seed and the step's number alone, so
+    that a run which is continued draws what it would have drawn.
+
     Returns:
       (state, metrics): scalars "nll", "weight", "trained", "correct", "moe_loss", "grad_norm", "finite".
     """
-    rng = jax.random.fold_in(jax.random.key(seed), state.step) if runtime.is_stochastic else None
-    sums, gradients = loss_and_gradients(state.trainable, frozen, batch, rng, config=config, runtime=runtime)
+    dropout_rng, rounding_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    sums, gradients = loss_and_gradients(
+        state.trainable,
+        frozen,
+        batch,
+        dropout_rng if runtime.is_stochastic else None,
+        config=config,
+        runtime=runtime,
+    )
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(sums["nll"]) & jnp.isfinite(grad_norm)
     # A step without a single trained token changes nothing either: weight decay alone isn't training.
     apply = finite & (sums["weight"] > 0)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-    trainable = optim.apply_updates(state.trainable, updates)
+    trainable = optim.apply_updates(state.trainable, updates, rounding_rng=rounding_rng)
 
     def choose(new, old):
         return jnp.where(apply, new, old)

@@ -166,12 +166,12 @@ def test_micro_batches_without_a_trained_token_change_nothing():
     assert_same(full, with_silent)
 
 
-def build(mesh_shape, spec=None, devices=1, learning_rate=1e-2):
+def build(mesh_shape, spec=None, devices=1, learning_rate=1e-2, dtype=jnp.float32):
     spec = spec or AdapterSpec(method="full")
     mesh = meshes.make(
         {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1, **mesh_shape}, jax.devices()[:devices]
     )
-    variables = dict(params())
+    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), params())
     if spec.method != "full":
         variables["adapter"] = lora.init(jax.random.key(2), variables["params"], spec)
     optimizer, _ = optim.make_optimizer(
@@ -231,6 +231,26 @@ def test_learning_rate_zero_changes_no_parameter():
     values, state = losses(built, state, frozen, 3)
     assert len(set(values)) == 1
     jax.tree.map(np.testing.assert_array_equal, before, state.trainable)
+
+
+def test_bfloat16_parameters_move_by_less_than_their_spacing_on_average_and_again_alike():
+    updates, moved = {}, {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        built, state, frozen = build({}, learning_rate=2e-6, dtype=dtype)
+        before = tree.flatten(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.trainable))
+        _, state = losses(built, state, frozen, 2)
+        half_way = jax.tree.map(jnp.array, state)
+        _, state = losses(built, state, frozen, 2)
+        after = tree.flatten(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.trainable))
+        updates[dtype] = np.concatenate([(after[path] - before[path]).ravel() for path in before])
+        moved[dtype] = np.mean(updates[dtype] != 0)
+    # nearest rounding would lose every one of these updates: the spacing of numbers is ten times as large
+    assert moved[jnp.float32] > 0.9 and 0.005 < moved[jnp.bfloat16] < 0.5
+    exact = updates[jnp.float32]
+    slope = np.sum(exact * updates[jnp.bfloat16]) / np.sum(exact * exact)
+    assert slope == pytest.approx(1, abs=0.1)
+    _, again = losses(built, half_way, frozen, 2)
+    jax.tree.map(np.testing.assert_array_equal, again.trainable, state.trainable)
 
 
 def test_frozen_weights_get_no_gradient_and_the_adapter_is_all_that_is_kept():
