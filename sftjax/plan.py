@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,6 +76,11 @@ class Step:
         shape = (self.accumulation, self.rows, self.length)
         dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_ARRAYS}
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the program's `train_step` takes, as shapes."""
+        return self.program.abstract_state, self.program.abstract_frozen, self.batch
 
     @property
     def shape(self) -> dict[str, int]:
@@ -155,7 +159,7 @@ def make(
         "tokens_per_step": step.tokens,
         "remat": program.runtime.remat,
         "estimate": dataclasses.asdict(step.memory()) | {"peak": step.memory().peak},
-        "compiled": compiled(step) if target.compiles else None,
+        "compiled": read(step, compile_step(step)) if target.compiles else None,
         "flops": {
             "rule": RULE,
             "context": context,
@@ -173,12 +177,14 @@ def make(
     return result
 
 
-def compiled(step: Step) -> dict[str, Any]:
-    """What the compiler says of the step."""
-    program = step.program
-    start = time.perf_counter()
+def compile_step(step: Step) -> jax.stages.Compiled:
+    """The compiled training step.
+
+    Raises:
+      DoesNotFit: the compiler's report.
+    """
     try:
-        executable = program.train_step.lower(program.abstract_state, program.abstract_frozen, step.batch).compile()
+        return step.program.train_step.lower(*step.arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -187,8 +193,12 @@ def compiled(step: Step) -> dict[str, Any]:
             f"{step.target.name} is out of memory: {report[:600]}. Use fewer rows in a micro-batch "
             "(train.gradient_accumulation_steps), more devices, or --search for what fits"
         ) from error
+
+
+def read(step: Step, executable: jax.stages.Compiled) -> dict[str, Any]:
+    """What the compiler says of a step: bytes on a device, kernels, and what devices exchange."""
     analysis, text = executable.memory_analysis(), executable.as_text()
-    exchanged = hlo.collectives(text, program.mesh.size)
+    exchanged = hlo.collectives(text, step.program.mesh.size)
     sizes = {
         "arguments": analysis.argument_size_in_bytes,
         "outputs": analysis.output_size_in_bytes,
@@ -199,7 +209,6 @@ def compiled(step: Step) -> dict[str, Any]:
     # Of a TPU's temporaries not all are alive at once, nor in HBM: its compiler gives the peak, and refuses too much.
     peak = analysis.peak_memory_in_bytes if step.target.platform == "tpu" else together
     return {
-        "seconds": time.perf_counter() - start,
         "bytes": {**sizes, "peak": peak},
         "kernels": hlo.kernels(text),
         "network_bytes": sum(one.received for one in exchanged),
