@@ -254,12 +254,9 @@ def stored_leaves(module: nn.Module) -> dict[str, Array]:
 
 
 def gathered(module: nn.Module, weight: Array, name: str = "weight") -> Array:
-    """A layer's weight as it is used, its `fsdp` cuts undone: so the compiler gathers weights, never activations."""
+    """A layer's weight as it is used, its `fsdp` cuts undone."""
     mesh = module.runtime.mesh
-    if mesh is None:
-        return weight
-    path = "/".join((*module.path, name))
-    return partition.constrain(weight, partition.gathered_spec(path, weight.shape, mesh), mesh)
+    return weight if mesh is None else partition.gather(weight, "/".join((*module.path, name)), mesh)
 
 
 def bottleneck(module: nn.Module, name: str, x: Array) -> Array:
