@@ -40,10 +40,17 @@ class Rule:
 
 
 def score(dialogue: Dialogue, rules: Sequence[Rule]) -> tuple[float, dict[str, float]]:
-    """The score of a row, and what each rule that found something took off."""
+    """The score of a row, and what each rule that found something took off.
+
+    Raises:
+      ConfigError: a rule failed.
+    """
     taken: dict[str, float] = {}
     for rule in rules:
-        answers = [float(rule.check(exchange)) for exchange in dialogue.exchanges]
+        try:
+            answers = [float(rule.check(exchange)) for exchange in dialogue.exchanges]
+        except Exception as error:  # whatever a user's own rule raises
+            raise ConfigError(f"rule {rule.name} failed: {type(error).__name__}: {error}") from error
         answer = sum(answers) / len(answers) if rule.spreads else max(answers)
         if answer:
             taken[rule.name] = round(rule.weight * answer, 6)
@@ -376,3 +383,14 @@ def resolve(function: Check | str) -> Check:
         return getattr(module, name)
     except (ImportError, AttributeError, OSError, SyntaxError, ValueError) as error:
         raise ConfigError(f"quality.extra: {function!r} is no function that can be loaded ({error})") from None
+
+
+def fingerprint(check: Check) -> str:
+    """What a rule does, as text that is the same in another process: its code, and what it was made with."""
+    code = getattr(check, "__code__", None)
+    if code is None:
+        return type(check).__qualname__
+    made_with = [cell.cell_contents for cell in check.__closure__ or ()]
+    plain = [repr(value) for value in made_with if isinstance(value, (str, int, float, re.Pattern))]
+    constants = [repr(one) for one in code.co_consts if isinstance(one, (str, int, float, tuple, type(None)))]
+    return " ".join((code.co_code.hex(), *code.co_names, *constants, *plain))

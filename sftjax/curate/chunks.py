@@ -1,0 +1,240 @@
+"""The part of the work that looks at one row at a time: in worker processes, by chunks, each kept as a file.
+
+    rows 0..999 -> 00000.npz    rows 1000..1999 -> 00001.npz    ...
+
+A chunk's file appears whole or not at all, so a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from sftjax.curate import contamination, dedup, personal, rules, tasks, text
+from sftjax.data.types import RowError
+from sftjax.errors import ConfigError, DataError, StorageError
+
+ROWS = 1000  # in a chunk
+VERSION = 1  # of what a chunk's file holds
+
+_NONE = np.zeros(0, np.uint32)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One source as curation reads it."""
+
+    name: str
+    source: Any
+    format: str = "auto"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be found out about each row."""
+
+    inputs: tuple[Input, ...]
+    table: tuple[rules.Rule, ...]
+    index: contamination.Index
+    near_words: int = 0  # 0: no near duplicates
+    personal: bool = True
+    tokenizer: str = ""
+
+    def chunks(self) -> list[tuple[int, int, int]]:
+        """(source, first row, row behind the last) of each chunk."""
+        return [
+            (number, start, min(start + ROWS, len(one.source)))
+            for number, one in enumerate(self.inputs)
+            for start in range(0, len(one.source), ROWS)
+        ]
+
+
+def look(work: Work, chunk: tuple[int, int, int]) -> dict[str, Any]:
+    """What there is to say about the rows of a chunk: arrays, and `rows`, a dict for each row."""
+    number, start, end = chunk
+    given = work.inputs[number]
+    said, keys, hashes, shingles, dialogues = [], [], [], [], []
+    for index in range(start, end):
+        try:
+            row = given.source[index]
+            dialogue = text.read(row, given.format, given.fields)
+        except RowError as error:
+            said.append({"error": error.reason, "detail": error.detail})
+            keys.append(bytes(16))
+            hashes.append([])
+            shingles.append(_NONE)
+            continue
+        try:
+            score, taken = rules.score(dialogue, work.table)
+        except ConfigError as error:
+            raise ConfigError(f"{given.source.location(index)}: {error}") from error
+        found = [text.word_hashes(part) for _, part in dialogue.messages]
+        said.append({"score": score, "taken": taken, "licence": _licence(row, given)})
+        dialogues.append((said[-1], dialogue))
+        if work.personal:
+            said[-1]["personal"] = personal.count(part for _, part in dialogue.messages)
+        keys.append(text.exact_key(dialogue))
+        hashes.append(found)
+        shingles.append(dedup.shingles(np.concatenate(found), work.near_words) if work.near_words else _NONE)
+    _describe(work, dialogues)
+    return {
+        "rows": said,
+        "keys": np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16),
+        "hits": [(hit.row, hit.item, hit.starts, hit.long_starts, hit.whole) for hit in work.index.find(hashes)],
+        "shingles": np.concatenate(shingles),
+        "shingle_counts": np.array([len(one) for one in shingles], np.int32),
+        "signs": dedup.signatures(shingles) if work.near_words else np.zeros((len(said), 0), np.uint32),
+    }
+
+
+def _licence(row: Mapping[str, Any], given: Input) -> str:
+    found = row.get("license") or row.get("licence") or given.licence
+    return found if isinstance(found, str) else str(found)
+
+
+def _describe(work: Work, dialogues: Sequence[tuple[dict, text.Dialogue]]) -> None:
+    counts: list[int | None] = [None] * len(dialogues)
+    if work.tokenizer:
+        encoder = _tokenizer(work.tokenizer)
+        texts = ["\n".join(part for _, part in dialogue.messages) for _, dialogue in dialogues]
+        counts = [len(one.ids) for one in encoder.encode_batch(texts, add_special_tokens=False)]
+    for (said, dialogue), tokens in zip(dialogues, counts, strict=True):
+        said |= tasks.describe(dialogue, tokens)
+
+
+_tokenizers: dict[str, Any] = {}
+
+
+def _tokenizer(path: str) -> Any:
+    if path not in _tokenizers:
+        from tokenizers import Tokenizer
+
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        try:
+            _tokenizers[path] = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare exceptions
+            raise StorageError(f"tokenizer={path}: no tokenizer.json can be read there ({error})") from None
+    return _tokenizers[path]
+
+
+# --- files of chunks ------------------------------------------------------------------------------------------------
+
+
+def path_of(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.npz"
+
+
+def save(path: Path, found: Mapping[str, Any]) -> None:
+    """Writes a chunk's file, whole or not at all."""
+    arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    others = {name: value for name, value in found.items() if name not in arrays}
+    buffer = io.BytesIO()
+    np.savez(buffer, others=np.frombuffer(orjson.dumps(others), np.uint8), **arrays)
+    aside = path.with_suffix(f".{os.getpid()}")
+    try:
+        aside.write_bytes(buffer.getbuffer())
+        aside.rename(path)
+    except OSError as error:
+        raise StorageError(f"{path.parent} can't be written: {error.strerror}") from None
+
+
+def load(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return {**orjson.loads(arrays.pop("others").tobytes()), **arrays}
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def run(work: Work, folder: Path, workers: int, progress: Callable[[int], None]) -> None:
+    """Makes the files of all chunks that aren't there yet.
+
+    Args:
+      progress: called with the number of chunks that are done.
+
+    Raises:
+      DataError: a process died.
+      UserError: what a worker met.
+    """
+    chunks = work.chunks()
+    todo = [number for number in range(len(chunks)) if not path_of(folder, number).exists()]
+    done = len(chunks) - len(todo)
+    progress(done)
+    workers = min(workers or _cores(), len(todo))
+    if workers <= 1:
+        for number in todo:
+            save(path_of(folder, number), look(work, chunks[number]))
+            done += 1
+            progress(done)
+        return
+    # Forked, so that rules that are Python functions of a config file, and the index, need not be sent.
+    context = multiprocessing.get_context("fork")
+    following = context.Value("l", 0)
+    processes = {}
+    for _ in range(workers):
+        mine, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_worker, args=(work, folder, chunks, todo, following, theirs, os.getpid()))
+        process.start()
+        theirs.close()
+        processes[mine] = process
+    try:
+        while processes:
+            for pipe in wait(list(processes)):
+                try:
+                    message = pipe.recv()
+                except EOFError:
+                    process = processes.pop(pipe)
+                    process.join()
+                    if process.exitcode:
+                        raise DataError(
+                            f"a worker process died with code {process.exitcode} (out of memory?); the same command "
+                            "goes on from here, workers=1 needs less memory"
+                        ) from None
+                    continue
+                if isinstance(message, BaseException):
+                    raise message
+                done += 1
+                progress(done)
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.join()
+
+
+def _worker(work, folder, chunks, todo, following, pipe, parent) -> None:
+    try:
+        while os.getppid() == parent:  # a killed parent can't tell
+            with following.get_lock():
+                place = following.value
+                following.value += 1
+            if place >= len(todo):
+                return
+            save(path_of(folder, todo[place]), look(work, chunks[todo[place]]))
+            pipe.send(todo[place])
+    except KeyboardInterrupt:
+        return
+    except Exception as error:
+        log.debug("worker", exc_info=True)
+        pipe.send(error)
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1

@@ -1,0 +1,202 @@
+"""Which rows go, and why: the steps in order, each on what the steps before it left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sftjax.curate import balance, chunks, contamination, dedup, semantic
+from sftjax.curate.contamination import Hit, Verdict
+from sftjax.curate.dedup import Duplicate
+from sftjax.curate.settings import Settings
+
+
+class Removal(NamedTuple):
+    """Why a row is not kept."""
+
+    rule: str
+    detail: str
+
+
+@dataclass
+class Rows:
+    """All rows of all sources, by a running number.
+
+    Attributes:
+      source, index: number of the source and row of it.
+      score: float32; NaN where the row can't be read.
+      said: what chunks.look said of each.
+      keys: of exact duplicates.
+      signs, shingles, offsets: as dedup.near_duplicates takes them.
+      hits: of benchmark items, by running number.
+    """
+
+    source: np.ndarray
+    index: np.ndarray
+    score: np.ndarray
+    said: list[dict[str, Any]]
+    keys: list[bytes]
+    signs: np.ndarray
+    shingles: np.ndarray
+    offsets: np.ndarray
+    hits: list[Hit]
+
+    def __len__(self) -> int:
+        return len(self.said)
+
+
+def collect(work: chunks.Work, folder: Path) -> Rows:
+    """What the files of all chunks hold."""
+    said: list[dict] = []
+    hits, parts, sources, indices = [], [], [], []
+    for number, (source, start, end) in enumerate(work.chunks()):
+        part = chunks.load(chunks.path_of(folder, number))
+        hits += [
+            Hit(row + len(said), item, tuple(starts), tuple(long), whole)
+            for row, item, starts, long, whole in part["hits"]
+        ]
+        said += part["rows"]
+        parts.append(part)
+        sources.append(np.full(end - start, source, np.int32))
+        indices.append(np.arange(start, end))
+    joined = {
+        name: np.concatenate([part.pop(name) for part in parts])
+        for name in ("keys", "signs", "shingles", "shingle_counts")
+    }
+    return Rows(
+        source=np.concatenate(sources),
+        index=np.concatenate(indices),
+        score=np.array([one.get("score", math.nan) for one in said], np.float64),
+        said=said,
+        keys=[key.tobytes() for key in joined["keys"]],
+        signs=joined["signs"],
+        shingles=joined["shingles"],
+        offsets=np.concatenate([[0], np.cumsum(joined["shingle_counts"], dtype=np.int64)]),
+        hits=hits,
+    )
+
+
+@dataclass
+class Decision:
+    """What is removed, and what each step found (also where it only reports)."""
+
+    removed: dict[int, Removal] = field(default_factory=dict)
+    duplicates: dict[str, list[Duplicate]] = field(default_factory=dict)
+    verdict: Verdict = field(default_factory=Verdict)
+
+    def staying(self, count: int) -> list[int]:
+        return [row for row in range(count) if row not in self.removed]
+
+
+def decide(
+    rows: Rows,
+    settings: Settings,
+    index: contamination.Index,
+    names: Sequence[str],
+    texts: Callable[[Sequence[int]], Iterator[str]],
+    say: Callable[[str], None],
+) -> Decision:
+    """Goes through the steps.
+
+    Args:
+      names: of the sources.
+      texts: gives the text of rows by running number.
+      say: told what is going on.
+    """
+    decision = Decision()
+    removed = decision.removed
+    for row, said in enumerate(rows.said):
+        if "error" in said:
+            removed[row] = Removal("unreadable", f"{said['error']}: {said['detail']}")
+    _by_quality(rows, settings, removed)
+
+    if settings.contamination.mode != "off":
+        decision.verdict = contamination.judge(index, rows.hits, settings.contamination.threshold)
+        if settings.contamination.mode == "remove":
+            for row, detail in decision.verdict.remove.items():
+                removed.setdefault(row, Removal("contamination", detail))
+
+    def best_first() -> list[int]:
+        staying = np.array(decision.staying(len(rows)), np.int64)
+        return staying[np.lexsort((staying, -rows.score[staying]))].tolist()
+
+    def step(name: str, mode: str, search: Callable[[list[int]], list[Duplicate]]) -> None:
+        if mode == "off":
+            return
+        say(f"{name} duplicates")
+        decision.duplicates[name] = found = search(best_first())
+        if mode == "remove":
+            for one in found:
+                of = f"{names[rows.source[one.of]]} row {rows.index[one.of]}"
+                removed[one.row] = Removal(f"{name}_duplicate", f"of {of}, similarity {one.similarity:g}")
+
+    step("exact", settings.exact.mode, lambda order: dedup.exact_duplicates(rows.keys, order))
+    threshold = settings.near.threshold
+    step(
+        "near",
+        settings.near.mode,
+        lambda order: dedup.near_duplicates(rows.signs, rows.shingles, rows.offsets, order, threshold),
+    )
+    step("semantic", settings.semantic.mode, lambda order: _semantic(order, settings, texts))
+    _by_caps(rows, settings, names, removed, best_first)
+    return decision
+
+
+def _by_quality(rows: Rows, settings: Settings, removed: dict[int, Removal]) -> None:
+    quality = settings.quality
+    readable = [row for row in range(len(rows)) if row not in removed]
+    if quality.keep_top:
+        order = sorted(readable, key=lambda row: (-rows.score[row], row))
+        for row in order[math.ceil(quality.keep_top * len(order) - 1e-9) :]:
+            taken = _taken(rows.said[row]["taken"])
+            removed[row] = Removal(
+                "keep_top", f"not in the best {quality.keep_top:.0%}" + (f"; {taken}" if taken else "")
+            )
+        return
+    for row in readable:
+        if rows.score[row] < quality.threshold - 1e-9:
+            taken = rows.said[row]["taken"]
+            removed[row] = Removal(max(taken, key=taken.__getitem__), f"{_taken(taken)}; below {quality.threshold:g}")
+
+
+def _taken(taken: dict[str, float]) -> str:
+    return ", ".join(f"{name} -{value:g}" for name, value in sorted(taken.items(), key=lambda one: -one[1]))
+
+
+def _semantic(order: list[int], settings: Settings, texts: Callable[[Sequence[int]], Iterator[str]]) -> list[Duplicate]:
+    """Duplicates by an encoder; vectors are made a thousand texts at a time."""
+    if len(order) < 2:
+        return []
+    encoder = settings.semantic.encoder
+    if encoder is None:
+        every = max(1, len(order) // semantic.SAMPLE)
+        encoder = semantic.Tfidf(list(texts(sorted(order)[::every])))
+    in_file_order = sorted(order)
+    blocks = []
+    for start in range(0, len(in_file_order), chunks.ROWS):
+        some = list(texts(in_file_order[start : start + chunks.ROWS]))
+        blocks.append(semantic.normalised(encoder.encode(some)))
+    place = {row: at for at, row in enumerate(in_file_order)}
+    found = semantic.similar(np.concatenate(blocks), [place[row] for row in order], settings.semantic.threshold)
+    return [Duplicate(in_file_order[one.row], in_file_order[one.of], one.similarity) for one in found]
+
+
+def _by_caps(rows: Rows, settings: Settings, names: Sequence[str], removed: dict, best_first: Callable) -> None:
+    labels = {
+        "max_per_source": lambda row: names[rows.source[row]],
+        "max_per_task": lambda row: rows.said[row]["task"],
+        "max_per_length": lambda row: balance.length_bucket(rows.said[row]["tokens"]),
+    }
+    for name, label in labels.items():
+        limit = getattr(settings.balance, name)
+        if not limit:
+            continue
+        order = best_first()
+        of = {row: label(row) for row in order}
+        for row, kind in balance.capped(of, order, limit, name):
+            removed[row] = Removal(name, f"{kind}: over the cap of {limit:g}")
