@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from sftjax import checkpoint, job, loading, tree
 from sftjax import config as config_lib
+from sftjax.data.tokenizer import Tokenizer
 from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig
 from sftjax.peft import lora, merge
@@ -40,13 +41,18 @@ def convert(source: str, target: str, *, adapter: str | None = None, dtype: str 
     files = hf.open_model(source)
     if target.endswith(".gguf"):
         params = hf.load_params(files, files.config, "float32")
-        return _write_gguf(target, files, files.config, _merged(params, adapter, files) if adapter else params, dtype)
+        config, params, tokenizer = _merged(params, adapter, files) if adapter else (files.config, params, None)
+        return _write_gguf(target, files, config, params, dtype, tokenizer)
     dtypes = hf.stored_dtypes(files) if dtype is None else dtype
     widest = "float32" if adapter or isinstance(dtypes, Mapping) else dtypes
     params = hf.load_params(files, files.config, widest)
-    if adapter:
-        params = _merged(params, adapter, files)
-    return export.export_model(target, files.config, params, dtype=dtypes, source=files)
+    if not adapter:
+        return export.export_model(target, files.config, params, dtype=dtypes, source=files)
+    config, params, tokenizer = _merged(params, adapter, files)
+    stop_ids = tokenizer.stop_ids
+    return export.export_model(
+        target, config, params, dtype=dtypes, source=files, tokenizer=tokenizer, stop_ids=stop_ids
+    )
 
 
 def _write_gguf(target: str, files: hf.ModelFiles, config: ModelConfig, params: Any, dtype: str | None, tokenizer=None):
@@ -60,9 +66,11 @@ def _write_gguf(target: str, files: hf.ModelFiles, config: ModelConfig, params: 
     return [os.path.basename(target)]
 
 
-def _merged(params: Any, adapter: str, files: hf.ModelFiles) -> Any:
-    leaves, _ = peft_format.load_adapter(adapter, files.config)
-    return merge.merge(params, leaves, dtype=jnp.float32)
+def _merged(params: Any, adapter: str, files: hf.ModelFiles) -> tuple[ModelConfig, Any, Tokenizer]:
+    """The model with the adapter folded in; the adapter's tokenizer, where it has one, is the result's."""
+    tokenizer = loading.open_model(files.path, adapter=adapter).tokenizer
+    config, params, leaves = loading.with_adapter(files.config, params, adapter)
+    return config, merge.merge(params, leaves, dtype=jnp.float32), tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -109,18 +117,18 @@ def _trained_params(config: Any, opened: loading.Opened, trained: Mapping[str, A
     dtype = config.model.frozen_dtype if "adapter" in trained else "float32"
     base = hf.load_params(opened.files, opened.config, dtype)
     model = opened.config
-    rows = tree.flatten(trained).get("params/embed_tokens/weight")
+    flat = tree.flatten(trained)
+    rows = flat.get("params/embed_tokens/weight", flat.get("adapter/embed_tokens/weight"))
     if rows is not None and rows.shape[0] > model.vocab_size:
         base, model = vocab.resize_vocab(base, model, rows.shape[0])
     variables = {"params": base}
     if "adapter" in trained:
-        spec = job.adapter_spec(config, model=model, grows=opened.new_tokens > 0)
+        spec = job.adapter_spec(config, model=model, grows=bool(opened.new_token_ids))
         if config.peft.adapter_path:
             variables["adapter"], _ = peft_format.load_adapter(config.peft.adapter_path, model)
         else:  # the constants beside what is trained
             variables["adapter"] = lora.init(jax.random.key(config.seed), base, spec)
-    flat = tree.flatten(variables) | tree.flatten(trained)
-    variables = tree.unflatten(flat)
+    variables = tree.unflatten(tree.flatten(variables) | flat)
     if "adapter" not in variables:
         return model, variables["params"]
     return model, merge.merge(variables["params"], variables["adapter"], dtype=jnp.float32)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sftjax import config as config_lib
 from sftjax import loading, optim, program, runs, samples, stopping, tree
@@ -27,7 +28,8 @@ from sftjax.parallel import mesh as meshes
 from sftjax.parallel import partition
 from sftjax.peft import lora
 from sftjax.peft.spec import AdapterSpec
-from sftjax.weights import hf, peft_format, vocab
+from sftjax.weights import export, hf, peft_format, vocab
+from sftjax.weights.files import is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +83,10 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     report.check()
     total_steps = config.train.max_steps or report.steps
     model_config = grown(config, opened)
-    spec = adapter_spec(config, model=model_config, grows=opened.new_tokens > 0)
+    spec = adapter_spec(config, model=model_config, grows=bool(opened.new_token_ids))
     job_program, schedule = build_program(config, model_config, spec, mesh, total_steps)
     announce(config, job_program, total_steps)
+    check_room(config, folder, job_program, total_steps)
     if jax.process_index() == 0:
         write_masks(folder, mixture, opened.tokenizer)
     return Job(
@@ -185,10 +188,10 @@ def grown(config: config_lib.ConfigDict, opened: loading.Opened) -> ModelConfig:
     """The model with room for the tokens that the chat template adds; says so."""
     size = max(opened.config.vocab_size, opened.tokenizer.vocab_size)
     rows = vocab.padded_size(size, config.model.pad_vocab_to_multiple_of)
-    if size > opened.config.vocab_size:
+    if opened.new_token_ids:
         print(
             f"vocabulary: {opened.config.vocab_size} -> {size} for {', '.join(opened.tokenizer.added_tokens)}; "
-            "the new rows start as the mean of the others and are trained"
+            "the rows of new tokens start as the mean of the others and are trained"
         )
     if rows == opened.config.vocab_size:
         return opened.config
@@ -268,6 +271,30 @@ def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, to
     return built, schedule
 
 
+def check_room(config, folder: runs.RunFolder, job_program: program.Program, total_steps: int) -> None:
+    """Refuses a run whose export couldn't take its place, or whose files wouldn't fit on the disk.
+
+    Raises:
+      ConfigError: something other than an export is where the export goes.
+      StorageError: there isn't room for what the run keeps at most.
+    """
+    if is_remote(folder.path):
+        return
+    trained = [leaf.size for leaf in jax.tree.leaves(job_program.abstract_state.trainable)]
+    exported = 0
+    if config.export.enabled:
+        adapter = "adapter" in job_program.abstract_state.trainable and not config.export.merge
+        if not (adapter and peft_format.is_adapter(folder.file("export"))):
+            export.check_replaceable(folder.file("export"))
+        count = job_program.count()
+        exported = 4 * sum(trained) if adapter else count["base"] * jnp.dtype(config.export.dtype).itemsize
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(job_program.abstract_state))
+    saves = 1 + sum(total_steps // every for every in (config.checkpoint.save_steps, config.eval.eval_steps) if every)
+    copies = min(saves, config.checkpoint.save_total_limit + 2)  # those kept, the best one, and one being written
+    what = f"{copies} checkpoints of {state / 1e9:.2f} GB and the export"
+    runs.check_space(folder.path, copies * state + exported, what)
+
+
 def write_masks(folder: runs.RunFolder, mixture: Mixture, tokenizer, count: int = 6) -> None:
     """The first samples with what is trained in them, for the report."""
     lines = []
@@ -317,6 +344,9 @@ def load_variables(job: Job) -> dict[str, Any]:
             job.config.model.pad_vocab_to_multiple_of,
         )
         params = jax.device_put(params, shardings["params"])
+    spare = [token for token in job.opened.new_token_ids if token < own.vocab_size]
+    if spare:
+        params = jax.device_put(vocab.start_at_mean(params, spare), shardings["params"])
     variables = {"params": params}
     if "adapter" in abstract:
         if job.config.peft.adapter_path:

@@ -18,7 +18,8 @@ from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
 from sftjax.parallel import partition
-from sftjax.weights import gguf, hf, peft_format
+from sftjax.weights import gguf, hf, peft_format, vocab
+from sftjax.weights.files import Folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Opened:
     """A model whose files were found and understood; no weight has been read.
 
     Attributes:
-      config: the model's own; `grown` is what it becomes when the tokenizer has more tokens.
+      config: the model's own, whatever the tokenizer has.
     """
 
     files: hf.ModelFiles
@@ -34,28 +35,35 @@ class Opened:
     tokenizer: tokenizers.Tokenizer
 
     @property
-    def new_tokens(self) -> int:
-        """By how many rows the embedding has to grow for tokens that a chat template adds."""
-        return max(0, self.tokenizer.vocab_size - self.config.vocab_size) if self.tokenizer.added_tokens else 0
+    def new_token_ids(self) -> tuple[int, ...]:
+        """Tokens that a chat template adds: the model has no row for them, or one that was never trained."""
+        return tuple(self.tokenizer.hf.convert_tokens_to_ids(name) for name in self.tokenizer.added_tokens)
 
     def fingerprint(self) -> str:
         """Hex digest that tells these weights from others."""
         return hf.fingerprint(self.files)
 
 
-def open_model(path: str, *, chat_template: str = "", end_of_turn: str = "") -> Opened:
+def open_model(path: str, *, chat_template: str = "", end_of_turn: str = "", adapter: str | None = None) -> Opened:
     """Reads configuration and tokenizer.
+
+    Args:
+      adapter: PEFT folder, whose tokenizer is taken where it has one: its template may have added tokens.
 
     Raises:
       ConfigError: not a model, not understood, or a tokenizer that has ids beyond the embedding.
     """
     files = hf.open_model(path)
-    with _tokenizer_folder(files) as folder:
+    own = adapter is not None and "tokenizer_config.json" in Folder(adapter).names()
+    with contextlib.nullcontext(adapter) if own else _tokenizer_folder(files) as folder:
         tokenizer = tokenizers.load(folder, chat_template=chat_template or None, end_of_turn=end_of_turn or None)
-    if tokenizer.vocab_size > files.config.vocab_size and not tokenizer.added_tokens:
+    rows = files.config.vocab_size
+    if adapter is not None:
+        rows = max(rows, peft_format.vocab_rows(adapter) or 0)
+    if tokenizer.vocab_size > rows and not tokenizer.added_tokens:
         raise ConfigError(
             f"{files.path}: the tokenizer has {tokenizer.vocab_size} ids but the embedding has "
-            f"{files.config.vocab_size} rows; take the tokenizer that belongs to these weights"
+            f"{rows} rows; take the tokenizer that belongs to these weights"
         )
     return Opened(files, files.config, tokenizer)
 
@@ -99,15 +107,29 @@ def load_model(
       adapter: PEFT folder.
       mesh: None: all devices, weights sharded over them.
     """
-    opened = open_model(path, chat_template=chat_template)
+    opened = open_model(path, chat_template=chat_template, adapter=adapter)
     mesh = mesh or meshes.make({"data": 1, "fsdp": -1, "tensor": 1, "context": 1, "expert": 1})
     abstract = {"params": decoder.abstract_params(opened.config, dtype)}
     shardings = partition.shardings(abstract, mesh)
-    variables = {"params": hf.load_params(opened.files, opened.config, dtype, shardings["params"])}
+    config, params = opened.config, hf.load_params(opened.files, opened.config, dtype, shardings["params"])
+    variables = {"params": params}
     if adapter:
-        leaves, _ = peft_format.load_adapter(adapter, opened.config)
-        variables["adapter"] = jax.device_put(leaves, partition.shardings({"adapter": leaves}, mesh)["adapter"])
-    return Model(opened, opened.config, decoder.Runtime(compute_dtype=dtype, remat="none", mesh=mesh), variables)
+        config, params, leaves = with_adapter(config, params, adapter)
+        placed = {"params": params, "adapter": leaves}
+        variables = jax.device_put(placed, partition.shardings(placed, mesh))
+    return Model(opened, config, decoder.Runtime(compute_dtype=dtype, remat="none", mesh=mesh), variables)
+
+
+def with_adapter(config: ModelConfig, params: Any, folder: str) -> tuple[ModelConfig, Any, Any]:
+    """A PEFT folder read for a model, whose vocabulary grows where the adapter was trained with more tokens.
+
+    Returns:
+      (the model's configuration, its parameters, the adapter's leaves).
+    """
+    rows = peft_format.vocab_rows(folder)
+    if rows is not None and rows > config.vocab_size:
+        params, config = vocab.resize_vocab(params, config, rows)
+    return config, params, peft_format.load_adapter(folder, config)[0]
 
 
 def digest(*parts: str) -> str:

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -127,6 +128,23 @@ def _prove_writable(path: str) -> None:
     except Exception as error:  # each kind of storage has its own
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise StorageError(f"{path}: the run folder can't be written ({reason}); choose another run_dir") from error
+
+
+def check_space(path: str, needed: int, what: str) -> None:
+    """Raises `StorageError` if a local folder can't grow to `needed` bytes, of which it may have some already."""
+    there = sum(
+        os.path.getsize(os.path.join(folder, name))
+        for folder, _, names in os.walk(path)
+        for name in names
+        if os.path.isfile(os.path.join(folder, name))
+    )
+    free = shutil.disk_usage(path).free
+    if free + there < needed:
+        raise StorageError(
+            f"{path}: {free / 1e9:.2f} GB are free on this disk, and the run needs up to "
+            f"{(needed - there) / 1e9:.2f} GB more ({what}); make room, keep fewer checkpoints "
+            "(checkpoint.save_total_limit), or choose another run_dir"
+        )
 
 
 def write_text(path: str, text: str) -> None:

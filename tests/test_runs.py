@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from sftjax import lock as lock_lib
+from sftjax import runs
 from sftjax.errors import ConfigError, StorageError
 from sftjax.runs import RunFolder, changes, check_resume, cut_lines, environment, redact
 
@@ -292,3 +294,12 @@ def test_environment_has_versions_devices_and_fingerprints():
     found = environment(PRINTS)
     assert found["versions"]["jax"] and found["device_count"] >= 1 and found["fingerprints"] == PRINTS
     assert socket.gethostname() not in json.dumps(found)
+
+
+def test_a_disk_without_room_is_refused_before_training(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "state").write_bytes(b"x" * 1000)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+    runs.check_space(str(tmp_path), 6000, "checkpoints")
+    with pytest.raises(StorageError, match=r"make room, keep fewer checkpoints \(checkpoint.save_total_limit\)"):
+        runs.check_space(str(tmp_path), 6001, "checkpoints")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sftjax import loading
 from sftjax.weights import hf
 from tests import tiny_run
 
@@ -168,7 +169,11 @@ def test_mistakes_are_one_line_with_their_code(place):
     (place / "file").write_text("")
     blocked = tiny_run.run(command(place, "file/run"), code=74)
     assert "can't be written" in blocked.stderr
-    for done in (only_questions, missing, blocked):
+    (place / "taken" / "export").mkdir(parents=True)
+    (place / "taken" / "export" / "thesis.tex").write_text("")
+    taken = tiny_run.run(command(place, "taken"), code=78)
+    assert "not an earlier export" in taken.stderr and not (place / "taken" / "metrics.jsonl").exists()
+    for done in (only_questions, missing, blocked, taken):
         assert "Traceback" not in done.stderr
 
 
@@ -200,3 +205,35 @@ def test_a_lora_run_is_exported_as_peft_wants_it(place):
         ]
     )
     assert tiny_run.lines(answers)[0]["num_tokens"] > 0
+
+
+@pytest.fixture(scope="module")
+def snug(place):
+    """A model with room for four more tokens."""
+    return tiny_run.model(place / "snug", vocab_size=904)
+
+
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_six_new_tokens_are_learnt_saved_and_stopped_on(place, snug, method):
+    fields = {"model__chat_template": "six", "peft__method": method, "train__max_steps": 4, "train__batch_size": 8}
+    run = place / f"six-{method}"
+    done = tiny_run.run(tiny_run.command(snug, place / "chats.jsonl", run, **fields))
+    assert "vocabulary: 904 -> 906 for <SOT>, <EOT>, <SOU>, <EOU>, <SOA>, <EOA>" in done.stdout
+    if method == "none":
+        loaded = loading.load_model(str(run / "export"))
+        after = loaded.variables["params"]["embed_tokens"]["weight"]
+        end = json.loads((run / "export" / "generation_config.json").read_text())["eos_token_id"]
+    else:
+        loaded = loading.load_model(str(snug), adapter=str(run / "export"))
+        after = loaded.variables["adapter"]["embed_tokens"]["weight"]
+        end = loaded.tokenizer.stop_ids
+        convert = [tiny_run.sys.executable, "tools/convert.py", "--from", str(snug), "--to", str(place / "six-merged")]
+        tiny_run.run([*convert, "--adapter", str(run / "export")])
+        assert hf.load_config(place / "six-merged").vocab_size == 906
+    assert loaded.config.vocab_size == 906
+    assert np.atleast_1d(end)[0] == loaded.tokenizer.stop_ids[0] == loaded.tokenizer.encode("<EOA>")[0] == 905
+    # four of the rows only filled up the table; all six began at the mean of the 900 others, and were trained
+    before = np.asarray(hf.load_params(snug, hf.load_config(snug), np.float32)["embed_tokens"]["weight"])
+    moved = np.abs(np.asarray(after)[900:] - np.mean(before[:900], axis=0))
+    assert np.all(moved[:2].max(axis=1) < 0.05) and np.all(moved[2:].max(axis=1) > 0) and moved.max() < 0.05
+    assert np.abs(before[900:] - np.mean(before[:900], axis=0)).max() > 0.1

@@ -20,6 +20,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -139,6 +140,22 @@ def load_adapter(
     if layout == "phi3":
         spec = _name_targets(spec, flat, config)
     return tree.unflatten(flat), spec
+
+
+def is_adapter(directory: str | os.PathLike) -> bool:
+    """Whether a folder holds an adapter, or the part of one that an interrupted export left."""
+    return any((Path(directory) / name).exists() for name in (CONFIG, WEIGHTS, f"{WEIGHTS}.partial"))
+
+
+def vocab_rows(directory: str | os.PathLike) -> int | None:
+    """How many tokens the embedding or head that an adapter brings has; None if it brings neither."""
+    folder = files.Folder(directory)
+    if WEIGHTS not in folder:
+        return None
+    with folder.open(WEIGHTS) as file:
+        header = safetensors.read_header(file)
+    names = (f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight")
+    return next((header[name].shape[0] for name in names if name in header), None)
 
 
 _LEAVES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,20 @@ def resize_vocab(
             flat[path] = _grow(flat[path], old, new_size, rows)
     valid = new_size if rows > new_size else None
     return tree.unflatten(flat), config.replace(vocab_size=rows, valid_vocab=valid)
+
+
+def start_at_mean(params: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+    """Rows `ids`, which the table has but no training ever touched, set to the mean of those before them, in float32.
+
+    Like `resize_vocab` for new tokens that take rows which only filled up the table.
+    """
+    flat = dict(tree.flatten(params))
+    for path in VOCAB_LEAVES:
+        if path in flat:
+            weight = flat[path]
+            mean = jnp.mean(weight[: min(ids)], axis=0, keepdims=True, dtype=jnp.float32).astype(weight.dtype)
+            flat[path] = weight.at[jnp.asarray(ids)].set(mean)
+    return tree.unflatten(flat)
 
 
 def _grow(weight: jax.Array, old: int, new: int, rows: int) -> jax.Array:
