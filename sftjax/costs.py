@@ -121,9 +121,9 @@ def memory(program: Program, platform: str, *, rows: int, length: int, accumulat
     tokens = rows * length // math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "context"))
     gradients = local_bytes(state.trainable)
     kept, inside = _activations(config, program.runtime.remat, wide, tensor)
-    layer = max(map(layer_matmuls, [config] * config.num_layers, config.layers))
     trains_head = any("lm_head" in path or "embed_tokens" in path for path in tree.flatten(state.trainable))
-    gathered = config.vocab_size * config.hidden_size // tensor
+    head = config.vocab_size * config.hidden_size // tensor
+    head_copy = head * wide if mesh.shape["fsdp"] > 1 or trains_head else 0
     logits = 4 * tokens * config.vocab_size // tensor
     at_once = cross_entropy.LOGITS_BYTES.get(platform, cross_entropy.LOGITS_BYTES_ELSEWHERE)
     return Memory(
@@ -132,8 +132,8 @@ def memory(program: Program, platform: str, *, rows: int, length: int, accumulat
         frozen=local_bytes(program.abstract_frozen),
         gradients=gradients * (2 if accumulation > 1 else 1),
         saved=tokens * kept,
-        layer=2 * wide * layer // tensor + tokens * inside,
-        head=min(logits, at_once) * 3 // 2 + gathered * (wide + (4 if trains_head else 0)),
+        layer=_weights_at_work(program) + tokens * inside,
+        head=min(logits, at_once) * 3 // 2 + head_copy + (4 * head if trains_head else 0),
     )
 
 
@@ -146,6 +146,22 @@ def local_bytes(leaves: Any) -> int:
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
 
     return sum(map(size, jax.tree.leaves(leaves)))
+
+
+def _weights_at_work(program: Program) -> int:
+    """Bytes of weights beside those that are held: two gathered layers, one in use and the next on its way; and of
+    weights that are stored in another type than they are used in, the largest one of a layer."""
+    config, mesh = program.config, program.mesh
+    wide = jnp.dtype(program.runtime.compute_dtype)
+    variables = tree.flatten(tree.merge(program.abstract_state.trainable, program.abstract_frozen))
+    layers = {path: leaf for path, leaf in variables.items() if "/layers_" in path and not path.startswith("adapter/")}
+    largest = config.hidden_size * config.intermediate_size if config.experts is None else 0
+    if config.experts is not None:
+        largest = config.experts.count * config.hidden_size * config.experts.intermediate_size
+    gathered = sum(leaf.size * min(wide.itemsize, np.dtype(leaf.dtype).itemsize) for leaf in layers.values())
+    copied = any(leaf.dtype != wide for leaf in layers.values())
+    both = (2 * gathered // config.num_layers if mesh.shape["fsdp"] > 1 else 0) + copied * largest * wide.itemsize
+    return both // mesh.shape["tensor"]
 
 
 def _activations(config: ModelConfig, remat: str, wide: int, tensor: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports only go to a later line; names on one line don't import each other. (A package may import within itself.)
 LAYERS = [
-    {"main", "convert", "chat", "inference"},
+    {"main", "convert", "chat", "inference", "plan_scaling"},
     {"train", "plan_search", "bench", "doctor", "serve", "synth"},
     {"plan"},
     {"job"},
@@ -34,7 +34,7 @@ EVERYBODY = {"errors"}
 WINGS = {"data": set(), "curate": {"data"}}  # each with the wings it may use beside numpy, Grain and the tokenizer
 USE_WINGS = set().union(*LAYERS[:6])
 # the others take plain arguments
-USE_CONFIG = {"main", "train", "job", "plan", "plan_search", "bench", "finish", "doctor", "convert"}
+USE_CONFIG = {"main", "train", "job", "plan", "plan_search", "plan_scaling", "bench", "finish", "doctor", "convert"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 BANNED_MODULES = {

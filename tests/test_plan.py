@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from sftjax import config as config_lib
-from sftjax import costs, hardware, hlo, plan, plan_search, topology
+from sftjax import costs, hardware, hlo, plan, plan_scaling, plan_search, topology
 from sftjax.errors import ConfigError
 from tests.measured_step import MODEL
 
@@ -250,6 +250,16 @@ def test_search_that_finds_nothing_names_the_smallest():
     config = small_config("meta-llama/Llama-3-70B", train__batch_size=8)
     with pytest.raises(plan.DoesNotFit, match=r"mesh.fsdp=\d.*GiB"):
         plan_search.search(config, stand_in(8, "t4"))
+
+
+def test_weak_scaling_keeps_the_work_of_a_device(folder):
+    config = small_config(folder, train__batch_size=2, train__gradient_accumulation_steps=1)
+    plans = plan_scaling.weak(config, ["cpu:2", "cpu:4"])
+    assert [one["tokens_per_step"] for one in plans] == [256, 512]
+    assert plan_scaling.work(plans[0]) == plan_scaling.work(plans[1])
+    assert plans[0]["compiled"]["bytes"]["arguments"] > plans[1]["compiled"]["bytes"]["arguments"]
+    assert plan_scaling.table(plans).count("\n| cpu:") == 2
+    assert plan_scaling.plot(plans).startswith("<svg") and "xmlns=" in plan_scaling.plot(plans)
 
 
 def run_tool(folder, *flags):

@@ -6,6 +6,8 @@ that needn't be here.
 
 Topologies: TPU slices (v5e:4x4, v5p:2x2x4, v6e:8x8), GPUs (h100:8, a6000, gpu), cpu. Any field can be set as in
 training: --config.train.batch_size=64. Of the model's folder only config.json is read.
+
+Several topologies, with commas, are compared at the same work a device; --out then also gets a plot, OUT.svg.
 """
 
 import json
@@ -16,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging
 
-from sftjax.errors import ConfigError, exit_with_message
+from sftjax.errors import ConfigError, StorageError, exit_with_message
 from sftjax.main import parse_flags, read_config
 
-_TOPOLOGY = flags.DEFINE_string("topology", "", "What to plan for: v5e:4x4, v5p:2x2x4, h100:8, gpu, cpu.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "What to plan for: v5e:4x4, v5p:2x2x4, h100:8, gpu, cpu; or several.")
 _OUT = flags.DEFINE_string("out", "", "JSON to write.")
 _PREFLIGHT = flags.DEFINE_string("preflight", "", "A run's preflight.json: the plan then tells tokens and hours.")
 _PRICE = flags.DEFINE_float("price", None, "Of a device and hour (a tpu7x chip is two devices); with --preflight.")
@@ -31,19 +33,30 @@ def main(argv: list[str]) -> int:
     if config is None or not _TOPOLOGY.value or len(argv) > 1:
         raise ConfigError("give --config=configs/NAME.py and --topology=v5e:4x4 (or another)")
     logging.set_verbosity(logging.WARNING)
-    from sftjax import plan, plan_search, topology  # after the flags, so that --help and mistakes answer at once
+    from sftjax import plan, plan_scaling, plan_search, topology  # after the flags, so that mistakes answer at once
 
+    if "," in _TOPOLOGY.value:
+        plans = plan_scaling.weak(config, _TOPOLOGY.value.split(","))
+        print(plan_scaling.table(plans))
+        if _OUT.value:
+            write(_OUT.value, json.dumps(plans, indent=2))
+            write(f"{_OUT.value.removesuffix('.json')}.svg", plan_scaling.plot(plans))
+        return 0
     target = topology.find(_TOPOLOGY.value)
     preflight = read_json(_PREFLIGHT.value) if _PREFLIGHT.value else None
-    if _SEARCH.value:
-        result = plan_search.search(config, target, preflight=preflight, price=_PRICE.value)
-        print(plan_search.describe(result))
-    else:
-        result = plan.make(config, target, preflight=preflight, price=_PRICE.value)
-        print(plan.describe(result))
+    make, describe = (plan_search.search, plan_search.describe) if _SEARCH.value else (plan.make, plan.describe)
+    result = make(config, target, preflight=preflight, price=_PRICE.value)
+    print(describe(result))
     if _OUT.value:
-        Path(_OUT.value).write_text(json.dumps(result, indent=2))
+        write(_OUT.value, json.dumps(result, indent=2))
     return 0 if result["memory"]["fits"] else plan.DoesNotFit.exit_code
+
+
+def write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise StorageError(f"{path}: can't be written ({error})") from error
 
 
 def read_json(path: str) -> dict:
