@@ -73,14 +73,15 @@ URL = re.compile(r"(?:https?://|www\.)\S+", re.I)
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
 
 _HARM = (
-    r"(?:kill(?:ing)?|murder\w*|bombs?|explosives?|weapons?|poison\w*|hack(?:ing)?|malware|ransomware|phishing|steal(?:ing)?"
-    r"|fraud\w*|launder\w*|suicid\w*|self-harm|illegal(?:ly)?|drugs?|meth|cocaine|heroin|racis[mt]|sexis[mt]|hate speech"
-    r"|slurs?|harass\w*|stalk(?:ing)?|abus(?:e|ive)|porn\w*|sexual\w*|terroris[mt]s?|counterfeit\w*|forg(?:e|ing|ery)|ddos"
-    r"|keylogger|shoplift\w*|tortur\w*|kidnap\w*|smuggl\w*|insult\w*|doxx?(?:ing)?|without getting caught)"
+    r"(?:kill(?:ing)?|murder\w*|bombs?|explosives?|weapons?|poison\w*|hack(?:ing)?|malware|ransomware|phishing"
+    r"|steal(?:ing)?|fraud\w*|launder\w*|suicid\w*|self-harm|illegal(?:ly)?|drugs?|meth|cocaine|heroin"
+    r"|racis[mt]|sexis[mt]|hate speech|slurs?|harass\w*|stalk(?:ing)?|abus(?:e|ive)|porn\w*|sexual\w*"
+    r"|terroris[mt]s?|counterfeit\w*|forg(?:e|ing|ery)|ddos|keylogger|shoplift\w*|tortur\w*|kidnap\w*|smuggl\w*|insult\w*|doxx?(?:ing)?"
+    r"|without getting caught)"
 )
 ADVERSARIAL = re.compile(
-    r"\b(?:how (?:to|do|can|could|would|should)|help me|teach me|tell me|give me|show me|write|create|make|generate|explain"
-    rf"|(?:best )?ways? to|steps to|instructions|i want to)\b[^.?!\n]{{0,80}}\b{_HARM}\b"
+    r"\b(?:how (?:to|do|can|could|would|should)|help me|teach me|tell me|give me|show me|write|create|make|generate"
+    rf"|explain|(?:best )?ways? to|steps to|instructions|i want to)\b[^.?!\n]{{0,80}}\b{_HARM}\b"
     r"|\bignore (?:all |your |the )*(?:previous|prior|above) instructions|\bjailbreak",
     re.I,
 )

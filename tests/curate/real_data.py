@@ -69,3 +69,18 @@ def conversations() -> list[dict]:
         rows += [{"messages": row["messages"]} for row in list(chitchat.dialogues(wheel("chitchat_dataset")))[:600]]
     distinct = {orjson.dumps(row["messages"]).lower(): row for row in rows}
     return list(distinct.values())
+
+
+def chatterbot(path: Path) -> list[dict]:
+    """The conversations of the English part of chatterbot-corpus 1.3.3, with all their repetitions."""
+    yaml = pytest.importorskip("yaml")
+    rows = []
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(archive.namelist()):
+            if "/data/english/" in name and name.endswith(".yml"):
+                for turns in yaml.safe_load(archive.read(name))["conversations"]:
+                    roles = ("user", "assistant") * len(turns)
+                    rows.append(
+                        {"messages": [{"role": r, "content": str(t)} for r, t in zip(roles, turns, strict=False)]}
+                    )
+    return rows
