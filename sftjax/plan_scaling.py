@@ -7,7 +7,6 @@ from typing import Any
 
 from sftjax import charts, plan, topology
 from sftjax import config as config_lib
-from sftjax.plan_search import with_fields
 
 COLORS = {"a": "#2a78d6", "b": "#d9822b", "c": "#3a9d5d"}
 
@@ -23,7 +22,7 @@ def weak(config: config_lib.ConfigDict, names: Sequence[str]) -> list[dict[str, 
         target = topology.find(name)
         share = len(target.devices) / (plans[0]["devices"] if plans else len(target.devices))
         rows = round(config_lib.rows_per_step(config) * share)
-        plans.append(plan.make(with_fields(config, {"train.batch_size": rows, "train.batch_tokens": 0}), target))
+        plans.append(plan.make(plan.with_fields(config, {"train.batch_size": rows, "train.batch_tokens": 0}), target))
     return plans
 
 

@@ -7,7 +7,6 @@ fits. Data sheets say what can't be beaten, not what will be reached: the order 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -64,7 +63,7 @@ def search(
     refused: list[dict[str, Any]] = []
     for candidate in worth[:COMPILES]:
         try:
-            result = plan.make(with_fields(config, candidate.fields), target, preflight=preflight, price=price)
+            result = plan.make(plan.with_fields(config, candidate.fields), target, preflight=preflight, price=price)
         except plan.DoesNotFit as error:
             refused.append({"fields": candidate.fields, "why": str(error)})
             continue
@@ -87,7 +86,7 @@ def candidates(config: config_lib.ConfigDict, target: topology.Target) -> Iterat
         if total % shards:
             continue
         fields = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
-        step = plan.settle(with_fields(config, fields | {"train.gradient_accumulation_steps": 1}), target)
+        step = plan.settle(plan.with_fields(config, fields | {"train.gradient_accumulation_steps": 1}), target)
         if step.program.config.num_kv_heads % mesh[2]:
             continue
         accumulations = [n for n in range(1, total // shards + 1) if total // shards % n == 0]
@@ -118,14 +117,6 @@ def judged(step: plan.Step, mesh: tuple[int, int, int], accumulation: int, remat
         **step.shape,
     )
     return Candidate(mesh, accumulation, remat, limits.guess, step.memory().peak)
-
-
-def with_fields(config: config_lib.ConfigDict, fields: Mapping[str, Any]) -> config_lib.ConfigDict:
-    changed = copy.deepcopy(config)
-    for path, value in fields.items():
-        group, field = path.split(".")
-        changed[group][field] = value
-    return changed
 
 
 def describe(result: Mapping[str, Any]) -> str:

@@ -62,6 +62,13 @@ def find(name: str) -> Target:
     )
 
 
+def here() -> Target:
+    """The devices that jax has."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    return Target(f"{len(devices)} x {kind}", devices[0].platform, hardware.find(kind), devices, True)
+
+
 def _count(name: str, shape: str) -> int:
     if not re.fullmatch(r"[1-9]\d*|", shape):
         raise ConfigError(f"--topology={name}: after the colon comes the number of devices")

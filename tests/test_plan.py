@@ -252,6 +252,24 @@ def test_search_that_finds_nothing_names_the_smallest():
         plan_search.search(config, stand_in(8, "t4"))
 
 
+def test_what_would_save_memory_is_ordered(folder):
+    config = small_config(folder, train__batch_size=64, model__remat="none")
+    found = plan.savings(config, stand_in(2))
+    assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True)
+    assert {"model.remat": "full"} in [fields for fields, _ in found]
+    for fields, saved in found:
+        peak = [plan.settle(one, stand_in(2)).memory().peak for one in (config, plan.with_fields(config, fields))]
+        assert peak[0] - peak[1] == saved > 0
+    error = plan.out_of_memory(config, stand_in(2), RuntimeError("RESOURCE_EXHAUSTED: 3 GiB"))
+    assert "3 GiB" in str(error) and "model.remat=full saves about" in str(error)
+
+
+def test_a_run_on_these_devices_is_summed_up(folder):
+    assert topology.here().devices == jax.devices() and topology.here().chip is None
+    lines = plan.summary(plan.settle(small_config(folder, train__batch_size=8), stand_in(8))).splitlines()
+    assert lines[0].startswith("memory a device") and lines[1].startswith("floor of a step on h100")
+
+
 def test_weak_scaling_keeps_the_work_of_a_device(folder):
     config = small_config(folder, train__batch_size=2, train__gradient_accumulation_steps=1)
     plans = plan_scaling.weak(config, ["cpu:2", "cpu:4"])
