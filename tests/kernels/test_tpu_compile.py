@@ -69,7 +69,7 @@ def test_only_the_weights_of_one_layer_are_gathered_at_a_time(compiled):
     config = compiled[0].program.config
     table = 4 * config.vocab_size * config.hidden_size
     for dtype, shape, one in exchanged(compiled, "all-gather"):
-        if "embed_tokens" in one["source"] and shape[-1] == config.hidden_size and one["received"] < table:
+        if "embed_tokens" in one["source"] and one["received"] < table:
             continue
         assert dtype == "bf16", one
         assert len(shape) == 2, one
