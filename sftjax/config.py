@@ -28,8 +28,11 @@ CHOICES = {
     "train.loss_reduction": ("token", "example"),
     "train.lr_scheduler_type": ("cosine", "linear", "constant", "wsd"),
     "peft.method": ("none", "lora", "dora", "houlsby", "pfeiffer"),
+    "peft.quantization": ("none", "nf4", "int8"),
     "peft.bias": ("none", "all", "lora_only"),
+    "peft.bottleneck_activation": ("relu", "gelu", "silu", "tanh"),
     "export.dtype": ("float32", "bfloat16", "float16"),
+    "export.merge_into": ("dequantized", "original"),
     "export.checkpoint": ("best", "last"),
 }
 
@@ -98,19 +101,24 @@ def defaults() -> ConfigDict:
 
     config.peft = ConfigDict()
     config.peft.method = "none"
+    # How the frozen base's projections are kept: nf4 (4 bits, block maxima quantised again: QLoRA), or int8 by output.
+    config.peft.quantization = "none"
     config.peft.r = 16
     config.peft.lora_alpha = 32.0
     config.peft.lora_dropout = 0.0
     config.peft.target_modules = ("all-linear",)  # names or endings, one regex, or all-linear (all but the head)
+    config.peft.exclude_modules = ()  # of those, names or endings, or one regex
+    config.peft.layers_to_transform = ()  # numbers of the layers; empty: all
     config.peft.rank_pattern = ()  # ((name ending or regex, rank), ...)
     config.peft.alpha_pattern = ()
     config.peft.use_rslora = False
     config.peft.loraplus_lr_ratio = 1.0  # learning rate of B over that of A
-    config.peft.init_lora_weights = "default"
+    config.peft.init_lora_weights = "default"  # or gaussian, pissa, pissa_niter_<n>
     config.peft.bias = "none"
     config.peft.modules_to_save = ()
     config.peft.also_train = ""  # regex over "<collection>/<path>" of further parameters
     config.peft.bottleneck_size = 64  # of the houlsby and pfeiffer adapters
+    config.peft.bottleneck_activation = "relu"
     config.peft.adapter_path = ""  # a PEFT folder to go on from
 
     config.eval = ConfigDict()
@@ -133,6 +141,7 @@ def defaults() -> ConfigDict:
     config.export.enabled = True
     config.export.dtype = "bfloat16"
     config.export.merge = False  # fold a LoRA adapter into the weights
+    config.export.merge_into = "dequantized"  # the base that a quantised one was trained as, or the original weights
     config.export.checkpoint = "best"
 
     config.mesh = ConfigDict()  # devices on each axis; one may be -1, the rest
@@ -243,6 +252,16 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
         "set train.num_train_epochs or train.max_steps above 0",
     )
     require(config.train.learning_rate >= 0, f"train.learning_rate={config.train.learning_rate} is negative")
+    bottleneck = config.peft.method in ("houlsby", "pfeiffer")
+    require(
+        not (bottleneck and config.export.enabled),
+        f"peft.method={config.peft.method} has no form that other programs read: set export.enabled=False (the adapter "
+        "stays in the run's checkpoints)",
+    )
+    require(
+        config.peft.quantization == "none" or config.peft.method != "none",
+        f"peft.quantization={config.peft.quantization} freezes the base: choose a peft.method to train beside it",
+    )
     require(config.peft.r >= 1, f"peft.r={config.peft.r} must be at least 1")
     require(
         not (config.eval.early_stopping_patience and not config.eval.eval_steps),

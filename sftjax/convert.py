@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from sftjax import checkpoint, job, loading, tree
@@ -17,8 +16,8 @@ from sftjax import config as config_lib
 from sftjax.data.tokenizer import Tokenizer
 from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig
-from sftjax.peft import lora, merge
-from sftjax.weights import export, families, gguf_write, hf, peft_format, vocab
+from sftjax.peft import merge
+from sftjax.weights import export, families, gguf_write, hf, peft_format
 
 
 def convert(source: str, target: str, *, adapter: str | None = None, dtype: str | None = None) -> list[str]:
@@ -113,22 +112,24 @@ def _convert_run(run: Path, step: int | None, target: str, adapter: str | None, 
 
 def _trained_params(config: Any, opened: loading.Opened, trained: Mapping[str, Any]) -> tuple[Any, Any]:
     """(model configuration, parameters): the base with what was trained in its place, an adapter merged."""
-    # a frozen base is what the run held, rounded as there: the adapter was trained beside that
-    dtype = config.model.frozen_dtype if "adapter" in trained else "float32"
-    base = hf.load_params(opened.files, opened.config, dtype)
-    model = opened.config
-    flat = tree.flatten(trained)
+    flat, model = tree.flatten(trained), opened.config
     rows = flat.get("params/embed_tokens/weight", flat.get("adapter/embed_tokens/weight"))
     if rows is not None and rows.shape[0] > model.vocab_size:
-        base, model = vocab.resize_vocab(base, model, rows.shape[0])
-    variables = {"params": base}
+        model = model.replace(vocab_size=rows.shape[0])
+    # a frozen base is what the run held, rounded or quantised as there: the adapter was trained beside that
+    dtype = config.model.frozen_dtype if "adapter" in trained else "float32"
+    variables = loading.load_base(opened, model, dtype, None, quantization=config.peft.quantization)
     if "adapter" in trained:
         spec = job.adapter_spec(config, model=model, grows=bool(opened.new_token_ids))
         if config.peft.adapter_path:
             variables["adapter"], _ = peft_format.load_adapter(config.peft.adapter_path, model)
         else:  # the constants beside what is trained
-            variables["adapter"] = lora.init(jax.random.key(config.seed), base, spec)
+            variables["adapter"] = job.new_adapter(variables, spec, config.seed)
+        if config.peft.quantization != "none" and config.export.merge_into == "original":
+            variables = loading.load_base(opened, model, "float32", None) | {"adapter": variables["adapter"]}
     variables = tree.unflatten(tree.flatten(variables) | flat)
     if "adapter" not in variables:
         return model, variables["params"]
-    return model, merge.merge(variables["params"], variables["adapter"], dtype=jnp.float32)
+    return model, merge.merge(
+        variables["params"], variables["adapter"], quant=variables.get("quant"), dtype=jnp.float32
+    )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sftjax import report, tree
+from sftjax import loading, report, tree
 from sftjax.checkpoint import Checkpointer
 from sftjax.data import pipeline as pipelines
 from sftjax.evaluate import Evaluation, bootstrap_difference
@@ -87,7 +87,7 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
     Raises:
       RuntimeError: what was read back isn't what was trained.
     """
-    config, opened = job.config, job.opened
+    config, opened, merged_into = job.config, job.opened, None
     variables = tree.merge(state.trainable, frozen)
     adapting = "adapter" in variables
     dtype = jnp.dtype(config.export.dtype)
@@ -98,12 +98,7 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
         reloaded = {**variables, "adapter": adapter}
         expected, against = variables, "the base weights in memory with the adapter read back"
     else:
-        # A merge is computed in float32 and rounded once, to the dtype of the export.
-        params = (
-            merge.merge(variables["params"], variables["adapter"], dtype=jnp.float32)
-            if adapting
-            else variables["params"]
-        )
+        params, merged_into = plain_params(job, variables)
         export.export_model(
             folder,
             job.model_config,
@@ -120,7 +115,9 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
         against = f"the weights in memory, rounded to {dtype.name}"
     figures = compare_logits(job, expected, reloaded)
     figures["compared_with"] = against
-    figures["rounding"] = compare_logits(job, variables, reloaded)
+    if merged_into:
+        figures["merged_into"] = merged_into
+    figures["rounding"] = compare_logits(job, variables, reloaded)  # against what was trained
     figures["step"] = int(state.step)
     passed = figures["max_relative_difference"] <= MAX_RELATIVE_DIFFERENCE
     figures["passed"] = bool(passed)
@@ -130,6 +127,27 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
     if not passed:
         raise RuntimeError(f"{folder}: the exported model differs from the trained one: {figures}")
     return figures
+
+
+def plain_params(job, variables) -> tuple[Any, str | None]:
+    """The parameters of a full export, an adapter folded in; and into which base, in words (None without an adapter).
+
+    A merge is computed in float32, and rounded once: when it is written.
+    """
+    base, adapter, quant = (variables.get(name) for name in ("params", "adapter", "quant"))
+    if adapter is None:
+        return base, None
+    into = "the weights that it was trained beside"
+    if quant is not None:
+        kind = job.config.peft.quantization
+        into = f"the dequantised {kind} weights that it was trained beside"
+        if job.config.export.merge_into == "original":
+            into = f"the original weights, where it was trained beside their {kind} form"
+            original = loading.load_base(job.opened, job.model_config, jnp.float32, job.program.mesh)["params"]
+            trained = job.program.abstract_state.trainable.get("params", {})
+            kept = {path: leaf for path, leaf in tree.flatten(base).items() if path in tree.flatten(trained)}
+            base, quant = tree.unflatten(tree.flatten(original) | kept), None
+    return merge.merge(base, adapter, quant=quant, dtype=jnp.float32), into
 
 
 def compare_logits(job, expected, reloaded) -> dict[str, Any]:
@@ -181,6 +199,13 @@ def say(job, summary: dict[str, Any]) -> None:
             f"export:  {summary['export']}  (read back: largest logit difference {figures['max_difference']:.2g}, "
             f"top-1 agreement {figures['top1_agreement']:.2%})"
         )
+        if "merged_into" in figures:
+            trained = figures["rounding"]
+            print(
+                f"merged:  into {figures['merged_into']} (against what was trained: largest logit difference "
+                f"{trained['max_difference']:.2g}, mean {trained['mean_difference']:.2g}, top-1 agreement "
+                f"{trained['top1_agreement']:.2%})"
+            )
     print(f"report:  {job.folder.file('report.html')}")
     if "export" in summary:
         adapter = "adapter" in tree.merge(job.program.abstract_state.trainable, job.program.abstract_frozen)

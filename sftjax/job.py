@@ -6,7 +6,6 @@ Nothing large is in memory until `load_variables` reads the weights.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -22,13 +21,15 @@ from sftjax.data.encode import RowEncoder
 from sftjax.data.mixture import Ingredient, Mixture
 from sftjax.data.sources import open_source
 from sftjax.data.types import RowError
+from sftjax.errors import ConfigError
+from sftjax.kernels import nf4
 from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
 from sftjax.parallel import partition
 from sftjax.peft import lora
 from sftjax.peft.spec import AdapterSpec
-from sftjax.weights import export, hf, peft_format, vocab
+from sftjax.weights import export, peft_format, vocab
 from sftjax.weights.files import is_remote
 
 
@@ -201,7 +202,11 @@ def grown(config: config_lib.ConfigDict, opened: loading.Opened) -> ModelConfig:
 def adapter_spec(config: config_lib.ConfigDict, *, model: ModelConfig, grows: bool) -> AdapterSpec:
     """What is trained. New tokens are of no use untrained, so with an adapter the embedding is trained in full."""
     peft = config.peft
-    targets = tuple(peft.target_modules)
+
+    def names(value: Sequence[str]) -> str | tuple[str, ...]:
+        """One may be a regex, as in PEFT."""
+        return value[0] if len(value) == 1 else tuple(value)
+
     saved = tuple(peft.modules_to_save)
     if grows and peft.method != "none":
         needed = ("embed_tokens",) if model.tie_word_embeddings else ("embed_tokens", "lm_head")
@@ -211,7 +216,9 @@ def adapter_spec(config: config_lib.ConfigDict, *, model: ModelConfig, grows: bo
         rank=peft.r,
         alpha=peft.lora_alpha,
         dropout=peft.lora_dropout,
-        target_modules=targets[0] if len(targets) == 1 else targets,
+        target_modules=names(peft.target_modules),
+        exclude_modules=names(peft.exclude_modules),
+        layers_to_transform=tuple(peft.layers_to_transform),
         rank_pattern=tuple(peft.rank_pattern),
         alpha_pattern=tuple(peft.alpha_pattern),
         use_rslora=peft.use_rslora,
@@ -220,6 +227,7 @@ def adapter_spec(config: config_lib.ConfigDict, *, model: ModelConfig, grows: bo
         bias=peft.bias,
         also_train=peft.also_train,
         bottleneck_size=peft.bottleneck_size,
+        bottleneck_activation=peft.bottleneck_activation,
     )
 
 
@@ -228,9 +236,11 @@ def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, to
     adapting = spec.method != "full"
     dtype = config.model.frozen_dtype if adapting else config.model.params_dtype
     abstract = {"params": decoder.abstract_params(model_config, dtype)}
+    if config.peft.quantization != "none":
+        params, quant = nf4.abstract_split(abstract["params"], config.peft.quantization, nf4.is_projection)
+        abstract = {"params": params, "quant": quant}
     if adapting:
-        initialise = functools.partial(lora.init, spec=spec)
-        abstract["adapter"] = jax.eval_shape(initialise, jax.random.key(0), abstract["params"])
+        abstract["adapter"] = jax.eval_shape(lambda base: new_adapter(base, spec, seed=0), abstract)
     optimizer, schedule = optim.make_optimizer(
         name=config.train.optim,
         learning_rate=config.train.learning_rate,
@@ -257,6 +267,7 @@ def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, to
         residual_dropout=config.model.residual_dropout,
         embedding_dropout=config.model.embedding_dropout,
         neftune_alpha=config.train.neftune_noise_alpha,
+        bottleneck_activation=spec.bottleneck_activation,
     )
     built = program.build(
         model_config,
@@ -332,26 +343,31 @@ def load_variables(job: Job) -> dict[str, Any]:
     abstract = tree.merge(job.program.abstract_state.trainable, job.program.abstract_frozen)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     dtype = next(iter(tree.flatten(abstract["params"]).values())).dtype
-    own = job.opened.config
-    if job.model_config == own:
-        params = hf.load_params(job.opened.files, own, dtype, shardings["params"])
-    else:
-        params = hf.load_params(job.opened.files, own, dtype)
-        params, _ = vocab.resize_vocab(
-            params,
-            own,
-            job.model_config.valid_vocab or job.model_config.vocab_size,
-            job.config.model.pad_vocab_to_multiple_of,
-        )
-        params = jax.device_put(params, shardings["params"])
-    spare = [token for token in job.opened.new_token_ids if token < own.vocab_size]
-    if spare:
-        params = jax.device_put(vocab.start_at_mean(params, spare), shardings["params"])
-    variables = {"params": params}
+    variables = loading.load_base(
+        job.opened, job.model_config, dtype, job.program.mesh, quantization=job.config.peft.quantization
+    )
     if "adapter" in abstract:
-        if job.config.peft.adapter_path:
-            adapter, _ = peft_format.load_adapter(job.config.peft.adapter_path, job.model_config)
+        folder = job.config.peft.adapter_path
+        if folder:
+            variables["adapter"], _ = peft_format.load_adapter(folder, job.model_config)
+            check_adapter(variables["adapter"], abstract["adapter"], folder)
         else:
-            adapter = lora.init(jax.random.key(job.config.seed), variables["params"], job.spec)
-        variables["adapter"] = jax.device_put(adapter, shardings["adapter"])
-    return variables
+            variables["adapter"] = new_adapter(variables, job.spec, job.config.seed)
+    return jax.device_put(variables, shardings)
+
+
+def new_adapter(variables: dict[str, Any], spec: AdapterSpec, seed: int) -> dict[str, Any]:
+    """The adapter that training starts from, beside a base of "params" (and "quant")."""
+    return lora.init(jax.random.key(seed), variables["params"], spec, quant=variables.get("quant"))
+
+
+def check_adapter(adapter: dict[str, Any], abstract: dict[str, Any], folder: str) -> None:
+    """Raises ConfigError where an adapter to go on from isn't the one that the settings describe."""
+    found, wanted = tree.flatten(adapter), tree.flatten(abstract)
+    for path in {**wanted, **found}:
+        shapes = [tuple(leaves[path].shape) if path in leaves else None for leaves in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"{folder}: its {path} is {shapes[0] or 'missing'}, where the peft settings make it "
+                f"{shapes[1] or 'nothing'}: set method, r, target_modules and modules_to_save as the adapter has them"
+            )

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from sftjax.data import tokenizer as tokenizers
 from sftjax.errors import ConfigError
+from sftjax.kernels import nf4
 from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
@@ -118,6 +119,37 @@ def load_model(
         placed = {"params": params, "adapter": leaves}
         variables = jax.device_put(placed, partition.shardings(placed, mesh))
     return Model(opened, config, decoder.Runtime(compute_dtype=dtype, remat="none", mesh=mesh), variables)
+
+
+def load_base(
+    opened: Opened, config: ModelConfig, dtype: Any, mesh: Mesh | None, *, quantization: str = "none"
+) -> dict[str, Any]:
+    """The weights to train, or to train beside: "params", and with a quantised base "quant".
+
+    Args:
+      config: of what is trained; where its vocabulary is larger than the model's own, rows for new tokens are added.
+      dtype: of the parameters; projections are quantised from this, one at a time, while they are read.
+      mesh: devices to spread over; None: the default device.
+      quantization: "none", "nf4" or "int8".
+    """
+    own = opened.config
+    abstract = decoder.abstract_params(own, dtype)
+    shardings = None if mesh is None else partition.shardings({"params": abstract}, mesh)["params"]
+    if quantization == "none":
+        variables = {"params": hf.load_params(opened.files, own, dtype, shardings)}
+    else:
+        _, quant = nf4.abstract_split(abstract, quantization, nf4.is_projection)
+        transform = nf4.make_transform(quantization, nf4.is_projection)
+        placed = None if mesh is None else partition.shardings({"quant": quant}, mesh)["quant"]
+        params, quant = hf.load_params(opened.files, own, dtype, shardings, transform, placed)
+        variables = {"params": params, "quant": quant}
+    if config.vocab_size != own.vocab_size:
+        size = config.valid_vocab or config.vocab_size
+        variables["params"], _ = vocab.resize_vocab(variables["params"], own, size, pad_multiple=config.vocab_size)
+    spare = [token for token in opened.new_token_ids if token < own.vocab_size]
+    if spare:
+        variables["params"] = vocab.start_at_mean(variables["params"], spare)
+    return variables
 
 
 def with_adapter(config: ModelConfig, params: Any, folder: str) -> tuple[ModelConfig, Any, Any]:

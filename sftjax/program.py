@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sftjax import step as steps
 from sftjax import tree
+from sftjax.kernels import nf4
 from sftjax.models.config import ModelConfig
 from sftjax.models.decoder import Runtime
 from sftjax.parallel import partition
@@ -77,11 +78,10 @@ class Program:
             return sum(leaf.size for path, leaf in tree.flatten(part).items() if not path.endswith("/scale"))
 
         everything = tree.merge(self.abstract_state.trainable, self.abstract_frozen)
-        adapter = size(everything.get("adapter", {}))
         return {
             "trainable": size(self.abstract_state.trainable),
-            "adapter": adapter,
-            "base": size(everything["params"]),
+            "adapter": size(everything.get("adapter", {})),
+            "base": size(everything["params"]) + nf4.count_weights(everything.get("quant", {})),
         }
 
 

@@ -38,6 +38,11 @@ def test_defaults_are_valid_once_model_and_data_are_named():
         ("mesh.data", -1, "only one mesh axis may be -1"),
         ("eval.early_stopping_patience", 2, "needs eval.eval_steps"),
         ("peft.r", 0, "peft.r=0"),
+        ("peft.quantization", "nf4", "choose a peft.method"),
+        ("peft.method", "houlsby", "set export.enabled=False"),
+        ("peft.bottleneck_activation", "swish", "choose one of relu"),
+        ("data.static_lengths", 0, "must be at least 1"),
+        ("train.loss_reduction", "mean", "choose one of token, example"),
     ],
 )
 def test_each_mistake_names_its_field_and_the_remedy(field, value, message):
@@ -89,6 +94,6 @@ def test_every_config_file_is_valid_on_one_device_and_on_eight(path):
     exec(compile(path.read_text(), str(path), "exec"), scope)  # what config_flags does with it
     for devices in (1, 8):
         config = scope["get_config"]()
-        if config_lib.rows_per_step(config) % devices:
-            continue
+        if config_lib.rows_per_step(config) // config.train.gradient_accumulation_steps % devices:
+            continue  # made for one device: a sequence or a few at a time
         config_lib.check(config, num_devices=devices)

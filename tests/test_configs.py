@@ -44,9 +44,30 @@ LLAMA3_8B = {
     "rope_theta": 500000.0,
     "vocab_size": 128256,
 }
+LLAMA3_70B = {
+    **LLAMA3_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+}
+MISTRAL_7B = {
+    **LLAMA3_8B,
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "vocab_size": 32000,
+}
 CASES = {
     "llama7b": (LLAMA2_7B, 6_738_415_616, 6_738_415_616),
+    "llama7b_lora": (LLAMA2_7B, 39_976_960, 6_738_415_616),
+    "llama7b_8bit_full": (LLAMA2_7B, 6_738_415_616, 6_738_415_616),
     "llama3_8b_lora": (LLAMA3_8B, 41_943_040, 8_030_261_248),
+    "llama3_8b_qlora": (LLAMA3_8B, 41_943_040, 8_030_261_248),
+    "llama3_70b_qlora": (LLAMA3_70B, 207_093_760, 70_553_706_496),
+    "mistral7b_dora": (MISTRAL_7B, 41_943_040 + 32 * 43_008, 7_241_732_096),  # and a magnitude for each output
 }  # config file: (config.json of its model, trainable parameters, parameters of the base)
 
 
@@ -88,6 +109,17 @@ def test_the_start_line_counts_parameters(name, capsys):
     _, trainable, base = CASES[name]
     job.announce(config, program, 100)
     assert f"trainable parameters: {trainable:,} beside {base:,} in the base" in capsys.readouterr().out
+
+
+def test_four_bits_are_what_a_qlora_base_takes():
+    _, program, _ = full_size("llama3_70b_qlora", 1)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract_frozen))
+    projections = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    rest = 70_553_706_496 - projections
+    # half a byte, a byte for each 64, four for each 64 x 256; embedding, head and norms in bfloat16
+    assert held == pytest.approx(projections * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 2 * rest, rel=1e-4)
+    moments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract_state.opt_state))
+    assert moments < 2.3 * 207_093_760  # blocks of B are as short as its rank
 
 
 @pytest.mark.parametrize("name", CASES)

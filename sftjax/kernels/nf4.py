@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sftjax import tree
 from sftjax.errors import ConfigError
 from sftjax.kernels import blockwise
 from sftjax.kernels.linear import stored_linear
@@ -68,9 +69,12 @@ def quantise(weight: Array, kind: str = "nf4") -> dict[str, Array]:
       ConfigError: NF4 of rows that aren't whole blocks of 64.
     """
     if kind not in ("nf4", "int8"):
-        raise ConfigError(f"model.quantization={kind!r}: use nf4 or int8")
+        raise ConfigError(f"peft.quantization={kind!r}: use nf4 or int8")
     if kind == "nf4" and weight.shape[-1] % BLOCK:
-        raise ConfigError(f"NF4 needs rows of whole blocks of {BLOCK}; this weight is {tuple(weight.shape)}: use int8")
+        raise ConfigError(
+            f"peft.quantization=nf4 needs rows of whole blocks of {BLOCK}; there is a weight {tuple(weight.shape)}: "
+            "use int8"
+        )
     function = {"nf4": _quantise_nf4, "int8": _quantise_int8}[kind]
     for _ in range(weight.ndim - 2):
         function = jax.vmap(function)
@@ -100,6 +104,24 @@ def is_projection(module: str) -> bool:
 def stored_shapes(shape: tuple[int, ...], kind: str = "nf4") -> dict[str, jax.ShapeDtypeStruct]:
     """What `quantise` gives for a weight of this shape, without computing it."""
     return jax.eval_shape(functools.partial(quantise, kind=kind), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def abstract_split(params: Mapping, kind: str, targets: Callable[[str], bool]) -> tuple[dict, dict]:
+    """A tree of shapes as (what loading with `make_transform` keeps, what it makes)."""
+    kept, made = {}, {}
+    for path, leaf in tree.flatten(params).items():
+        module, _, name = path.rpartition("/")
+        if name == "weight" and targets(module):
+            made |= {f"{module}/{part}": shape for part, shape in stored_shapes(leaf.shape, kind).items()}
+        else:
+            kept[path] = leaf
+    return tree.unflatten(kept), tree.unflatten(made)
+
+
+def count_weights(quant: Mapping) -> int:
+    """How many weights a tree of stored forms stands for (two to a byte in NF4)."""
+    codes = [leaf for path, leaf in tree.flatten(quant).items() if path.endswith("/codes")]
+    return sum(leaf.size * (1 if leaf.dtype == jnp.int8 else 2) for leaf in codes)
 
 
 # ------------------------------------------------------------------------------------------------------------- NF4
