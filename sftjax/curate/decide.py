@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from sftjax.curate import balance, chunks, contamination, dedup, semantic
 from sftjax.curate.contamination import Hit, Verdict
 from sftjax.curate.dedup import Duplicate
 from sftjax.curate.settings import Settings
+from sftjax.curate.text import Dialogue
 
 
 class Removal(NamedTuple):
@@ -98,14 +99,14 @@ def decide(
     settings: Settings,
     index: contamination.Index,
     names: Sequence[str],
-    texts: Callable[[Sequence[int]], Iterator[str]],
+    dialogue: Callable[[int], Dialogue],
     say: Callable[[str], None],
 ) -> Decision:
     """Goes through the steps.
 
     Args:
       names: of the sources.
-      texts: gives the text of rows by running number.
+      dialogue: reads a row again, by its running number.
       say: told what is going on.
     """
     decision = Decision()
@@ -142,7 +143,7 @@ def decide(
         settings.near.mode,
         lambda order: dedup.near_duplicates(rows.signs, rows.shingles, rows.offsets, order, threshold),
     )
-    step("semantic", settings.semantic.mode, lambda order: _semantic(order, settings, texts))
+    step("semantic", settings.semantic.mode, lambda order: _semantic(order, settings, dialogue))
     _by_caps(rows, settings, names, removed, best_first)
     return decision
 
@@ -168,22 +169,25 @@ def _taken(taken: dict[str, float]) -> str:
     return ", ".join(f"{name} -{value:g}" for name, value in sorted(taken.items(), key=lambda one: -one[1]))
 
 
-def _semantic(order: list[int], settings: Settings, texts: Callable[[Sequence[int]], Iterator[str]]) -> list[Duplicate]:
-    """Duplicates by an encoder; vectors are made a thousand texts at a time."""
+def _semantic(order: list[int], settings: Settings, dialogue: Callable[[int], Dialogue]) -> list[Duplicate]:
+    """Duplicates by an encoder; vectors are made a chunk of texts at a time."""
     if len(order) < 2:
         return []
+
+    def texts(numbers: Sequence[int]) -> list[str]:
+        return ["\n".join(part for _, part in dialogue(number).messages) for number in numbers]
+
+    rows = sorted(order)
     encoder = settings.semantic.encoder
     if encoder is None:
-        every = max(1, len(order) // semantic.SAMPLE)
-        encoder = semantic.Tfidf(list(texts(sorted(order)[::every])))
-    in_file_order = sorted(order)
-    blocks = []
-    for start in range(0, len(in_file_order), chunks.ROWS):
-        some = list(texts(in_file_order[start : start + chunks.ROWS]))
-        blocks.append(semantic.normalised(encoder.encode(some)))
-    place = {row: at for at, row in enumerate(in_file_order)}
+        encoder = semantic.Tfidf(texts(rows[:: max(1, len(rows) // semantic.SAMPLE)]))
+    blocks = [
+        semantic.normalised(encoder.encode(texts(rows[start : start + chunks.ROWS])))
+        for start in range(0, len(rows), chunks.ROWS)
+    ]
+    place = {row: at for at, row in enumerate(rows)}
     found = semantic.similar(np.concatenate(blocks), [place[row] for row in order], settings.semantic.threshold)
-    return [Duplicate(in_file_order[one.row], in_file_order[one.of], one.similarity) for one in found]
+    return [Duplicate(rows[one.row], rows[one.of], one.similarity) for one in found]
 
 
 def _by_caps(rows: Rows, settings: Settings, names: Sequence[str], removed: dict, best_first: Callable) -> None:

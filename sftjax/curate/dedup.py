@@ -34,8 +34,8 @@ def exact_duplicates(keys: Sequence[bytes], order: Iterable[int]) -> list[Duplic
 
 
 def shingles(hashes: np.ndarray, n: int) -> np.ndarray:
-    """uint32 [s], sorted and distinct: the runs of n words; a text of fewer words is one run."""
-    runs = grams(hashes, min(n, max(1, len(hashes)))) if len(hashes) else np.zeros(1, np.uint64)
+    """uint32 [s], sorted and distinct: the runs of n words; a text of fewer words is one run, one of none has none."""
+    runs = grams(hashes, max(1, min(n, len(hashes))))
     return np.unique((runs >> np.uint64(32)).astype(np.uint32))
 
 
@@ -78,6 +78,8 @@ def near_duplicates(
     staying: dict[int, list[int]] = {}
     found = []
     for row in order:
+        if offsets[row] == offsets[row + 1]:
+            continue  # no words: neither like another nor unlike
         mine = buckets[row][buckets[row] >= 0].tolist()
         candidates = {other for bucket in mine for other in staying.get(bucket, ())}
         best = _best(row, candidates, signs, flat, offsets, threshold) if candidates else None

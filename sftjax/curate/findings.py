@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,15 @@ from sftjax.curate.chunks import Work
 from sftjax.curate.decide import Decision, Rows
 from sftjax.curate.dedup import Duplicate
 from sftjax.curate.settings import Settings
+from sftjax.curate.text import Dialogue
 
 SCHEMA = 1
 _EXAMPLES, _IDS, _PAIRS, _TEXT = 3, 20, 8, 700
 
-Texts = Callable[[Sequence[int]], Iterator[str]]
+Read = Callable[[int], Dialogue]
 
 
-def gather(rows: Rows, decision: Decision, settings: Settings, work: Work, texts: Texts) -> dict[str, Any]:
+def gather(rows: Rows, decision: Decision, settings: Settings, work: Work, dialogue: Read) -> dict[str, Any]:
     """Everything, as plain values."""
     names = [one.name for one in work.inputs]
     staying = decision.staying(len(rows))
@@ -33,7 +34,7 @@ def gather(rows: Rows, decision: Decision, settings: Settings, work: Work, texts
     def shown(row: int) -> dict[str, Any]:
         if "error" in rows.said[row]:
             return place(row)
-        return {**place(row), "score": float(rows.score[row]), "text": _cut(next(texts([row])))}
+        return {**place(row), "score": float(rows.score[row]), "text": _text(dialogue(row))}
 
     def described(numbers: Sequence[int]) -> dict[str, Any]:
         said = [rows.said[row] for row in numbers]
@@ -48,7 +49,7 @@ def gather(rows: Rows, decision: Decision, settings: Settings, work: Work, texts
         "removed": _removed(decision, shown),
         "quality": _quality(rows, readable, decision, settings, work, shown),
         "duplicates": {
-            name: _duplicates(found, getattr(settings, name), place, texts)
+            name: _duplicates(found, getattr(settings, name), place, dialogue)
             for name, found in decision.duplicates.items()
         },
         "contamination": {
@@ -63,8 +64,16 @@ def gather(rows: Rows, decision: Decision, settings: Settings, work: Work, texts
     }
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
+def _text(dialogue: Dialogue) -> str:
+    """Who says what, cut in the middle of each long message."""
+    most = max(120, _TEXT // max(1, len(dialogue.messages)))
+    parts = [
+        f"{role}: {text if len(text) <= most else text[: most // 2] + ' … ' + text[-most // 2 :]}"
+        for role, text in dialogue.messages
+    ]
+    if len(parts) > 8:
+        parts = [*parts[:3], f"… {len(parts) - 6} more …", *parts[-3:]]
+    return "\n".join(parts)
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
@@ -139,7 +148,7 @@ def _quality(rows, readable, decision: Decision, settings: Settings, work: Work,
                 "weight": rule.weight,
                 "found": len(found[rule.name]),
                 "removed": gone[rule.name],
-                "rows": [shown_place(rows, row, work) for row in found[rule.name][:_IDS]],
+                "rows": [_where(rows, row, work) for row in found[rule.name][:_IDS]],
                 "example": shown(found[rule.name][0]) if found[rule.name] else None,
             }
             for rule in work.table
@@ -147,11 +156,11 @@ def _quality(rows, readable, decision: Decision, settings: Settings, work: Work,
     }
 
 
-def shown_place(rows: Rows, row: int, work: Work) -> str:
+def _where(rows: Rows, row: int, work: Work) -> str:
     return f"{work.inputs[rows.source[row]].name}:{rows.index[row]}"
 
 
-def _duplicates(found: Sequence[Duplicate], given: Any, place: Callable[[int], dict], texts: Texts) -> dict[str, Any]:
+def _duplicates(found: Sequence[Duplicate], given: Any, place: Callable[[int], dict], dialogue: Read) -> dict[str, Any]:
     """Counts, and the pairs nearest the threshold, by which a person sees whether it is right."""
     nearest = sorted(found, key=lambda one: one.similarity)[:_PAIRS]
     return {
@@ -161,8 +170,8 @@ def _duplicates(found: Sequence[Duplicate], given: Any, place: Callable[[int], d
         "pairs": [
             {
                 "similarity": one.similarity,
-                "row": {**place(one.row), "text": _cut(next(texts([one.row])))},
-                "of": {**place(one.of), "text": _cut(next(texts([one.of])))},
+                "row": {**place(one.row), "text": _text(dialogue(one.row))},
+                "of": {**place(one.of), "text": _text(dialogue(one.of))},
             }
             for one in nearest
         ],

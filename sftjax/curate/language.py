@@ -75,7 +75,7 @@ def language(text: str, sure: bool = True) -> str | None:
 
     With `sure=False` a Latin text of few known words gets the likeliest language, or else "latin".
     """
-    text = text[:4000]
+    text = text[:1500]
     counts = scripts(text)
     total = sum(counts.values())
     if total < 12:

@@ -12,15 +12,15 @@ from typing import Any
 import jinja2
 
 _RULES = {
-    "unreadable": "the row can't be read",
-    "keep_top": "not among the best-scored",
-    "contamination": "holds an item of a benchmark",
-    "exact_duplicate": "the same words as a row that stays",
-    "near_duplicate": "nearly the same words as a row that stays",
-    "semantic_duplicate": "says what a row that stays says",
-    "max_per_source": "over the cap of its source",
-    "max_per_task": "over the cap of its kind of task",
-    "max_per_length": "over the cap of its length",
+    "unreadable": "The row can't be read.",
+    "keep_top": "Not among the best-scored.",
+    "contamination": "Holds an item of a benchmark.",
+    "exact_duplicate": "The same words as a row that stays.",
+    "near_duplicate": "Nearly the same words as a row that stays.",
+    "semantic_duplicate": "Says what a row that stays says.",
+    "max_per_source": "Over the cap of its source.",
+    "max_per_task": "Over the cap of its kind of task.",
+    "max_per_length": "Over the cap of its length.",
 }
 
 
@@ -79,7 +79,8 @@ def _number(value: Any) -> str:
 def _percent(value: Any) -> str:
     if not isinstance(value, (int, float)):
         return "–"
-    return f"{100 * value:.1f} %" if value < 0.9995 or value == 1 else ">99.9 %"
+    text = f"{100 * value:.1f}".removesuffix(".0")
+    return ">99.9 %" if text == "100" and value < 1 else f"{text} %"
 
 
 def _words(value: str) -> str:

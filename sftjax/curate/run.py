@@ -56,16 +56,14 @@ def curate(settings: Settings, *, dry_run: bool = False, say: Callable[[str], No
     rows = collect(work, state)
     names = [one.name for one in inputs]
 
-    def texts(numbers: Sequence[int]) -> Iterator[str]:
-        for number in numbers:
-            given = inputs[rows.source[number]]
-            row = given.source[int(rows.index[number])]
-            yield "\n".join(part for _, part in text.read(row, given.format, given.fields).messages)
+    def dialogue(number: int) -> text.Dialogue:
+        given = inputs[rows.source[number]]
+        return text.read(given.source[int(rows.index[number])], given.format, given.fields)
 
     settings = _with_encoder(settings)
-    decision = decide(rows, settings, work.index, names, texts, say)
+    decision = decide(rows, settings, work.index, names, dialogue, say)
     say("writing")
-    found = findings.gather(rows, decision, settings, work, texts)
+    found = findings.gather(rows, decision, settings, work, dialogue)
     found["dry_run"] = dry_run
     output.write_lines(folder / "removed.jsonl", removed_lines(rows, decision, names))
     if not dry_run:

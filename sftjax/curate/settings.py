@@ -47,7 +47,7 @@ class Semantic:
     """Rows that say the same in other words."""
 
     mode: str = "remove"
-    threshold: float = 0.6  # cosine; of the TF-IDF vectors that are used where no encoder is given
+    threshold: float = 0.65  # cosine; of the TF-IDF vectors that are used where no encoder is given
     encoder: Any = None  # an object with encode(texts), or "file.py:function" that makes one
 
 

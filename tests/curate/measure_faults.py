@@ -47,9 +47,8 @@ def main() -> None:
     for fault in truth:
         by_kind.setdefault(fault.kind, []).append(fault.index)
     print(f"{len(base):,} real rows, {PER_KIND} faults of each kind, {len(clean):,} rows untouched, seed {seed}\n")
-    print(
-        "| planted fault | rule | found | untouched rows found | precision | recall |\n| --- | --- | --- | --- | --- | --- |"
-    )
+    print("| planted fault | rule | found | untouched rows found | precision | recall |")
+    print("| --- | --- | --- | --- | --- | --- |")
 
     def line(kind: str, rule: str, hits: int, extra: int) -> None:
         precision = f"{hits / (hits + extra):.0%}" if hits + extra else "–"

@@ -255,6 +255,16 @@ def test_the_tool_tells_what_is_wrong_in_one_line(tmp_path):
     assert done.returncode == 0 and "5 of 5 rows would be kept (100.0%)" in done.stdout, done.stderr
 
 
+def test_nothing_that_can_be_used(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"nothing": "known"}] * 3)
+    found = run.curate(settings(tmp_path, path))
+    assert (found["rows_read"], found["rows_kept"]) == (3, 0)
+    assert (
+        found["removed"]["unreadable"]["count"] == 3
+        and "No row is left" in (tmp_path / "out/curation.html").read_text()
+    )
+
+
 def test_settings_are_checked():
     good = {"sources": ("a",), "output": "b"}
     for wrong in ({"nere": {}}, {"near": {"treshold": 1}}, {"near": {"threshold": 1.5}}, {"output_format": "csv"}):
