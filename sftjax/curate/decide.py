@@ -179,7 +179,7 @@ def _semantic(order: list[int], settings: Settings, dialogue: Callable[[int], Di
 
     rows = sorted(order)
     encoder = settings.semantic.encoder
-    if encoder is None:
+    if not encoder:
         encoder = semantic.Tfidf(texts(rows[:: max(1, len(rows) // semantic.SAMPLE)]))
     blocks = [
         semantic.normalised(encoder.encode(texts(rows[start : start + chunks.ROWS])))

@@ -368,7 +368,7 @@ def _lines(word_list: Sequence[str] | str) -> list[str]:
         raise ConfigError(f"quality.word_list={word_list}: can't be read ({error})") from None
 
 
-def resolve(function: Check | str) -> Check:
+def resolve(function: Callable | str, field: str = "quality.extra") -> Callable:
     """The function itself, or the one that "file.py:function" or "module:function" names."""
     if callable(function):
         return function
@@ -382,7 +382,7 @@ def resolve(function: Check | str) -> Check:
             module = importlib.import_module(place)
         return getattr(module, name)
     except (ImportError, AttributeError, OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(f"quality.extra: {function!r} is no function that can be loaded ({error})") from None
+        raise ConfigError(f"{field}: {function!r} is no function that can be loaded ({error})") from None
 
 
 def fingerprint(check: Check) -> str:

@@ -118,9 +118,9 @@ def prepare(settings: Settings, inputs: tuple[Input, ...]) -> Work:
 
 def _with_encoder(settings: Settings) -> Settings:
     encoder = settings.semantic.encoder
-    if isinstance(encoder, str):
-        encoder = rules.resolve(encoder)()
-    if encoder is not None and not hasattr(encoder, "encode"):
+    if encoder and isinstance(encoder, str):
+        encoder = rules.resolve(encoder, "semantic.encoder")()
+    if encoder and not hasattr(encoder, "encode"):
         raise ConfigError("semantic.encoder has no encode(texts)")
     return dataclasses.replace(settings, semantic=dataclasses.replace(settings.semantic, encoder=encoder))
 

@@ -21,7 +21,7 @@ class Quality:
     threshold: float = 0.7  # rows with a lower score are removed
     keep_top: float = 0.0  # above 0: instead of the threshold, the share of rows to keep, best first
     weights: Mapping[str, float] = field(default_factory=dict)  # rule -> another weight; 0 leaves it out
-    word_list: Any = ()  # words no response should have, or a file of them
+    word_list: str = ""  # file of words no response should have, one a line
     language: str = ""  # code of the language of the responses; empty: that of their prompts
     extra: tuple = ()  # further rules: (name, function or "file.py:function", weight)
 
@@ -48,7 +48,7 @@ class Semantic:
 
     mode: str = "remove"
     threshold: float = 0.65  # cosine; of the TF-IDF vectors that are used where no encoder is given
-    encoder: Any = None  # an object with encode(texts), or "file.py:function" that makes one
+    encoder: Any = ""  # "file.py:function" that makes an object with encode(texts), or the object
 
 
 @dataclass(frozen=True)
