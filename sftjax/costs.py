@@ -150,7 +150,8 @@ def local_bytes(leaves: Any) -> int:
 
 def _weights_at_work(program: Program) -> int:
     """Bytes of weights beside those that are held: two gathered layers, one in use and the next on its way; and of
-    weights that are stored in another type than they are used in, the largest one of a layer."""
+    weights that are stored in another type than they are used in, the largest one of a layer (codes become float32
+    on their way)."""
     config, mesh = program.config, program.mesh
     wide = jnp.dtype(program.runtime.compute_dtype)
     variables = tree.flatten(tree.merge(program.abstract_state.trainable, program.abstract_frozen))
@@ -159,8 +160,9 @@ def _weights_at_work(program: Program) -> int:
     if config.experts is not None:
         largest = config.experts.count * config.hidden_size * config.experts.intermediate_size
     gathered = sum(leaf.size * min(wide.itemsize, np.dtype(leaf.dtype).itemsize) for leaf in layers.values())
-    copied = any(leaf.dtype != wide for leaf in layers.values())
-    both = (2 * gathered // config.num_layers if mesh.shape["fsdp"] > 1 else 0) + copied * largest * wide.itemsize
+    copied = wide.itemsize * any(leaf.dtype != wide for leaf in layers.values())
+    copied += 4 * any(path.endswith("/codes") for path in layers)
+    both = (2 * gathered // config.num_layers if mesh.shape["fsdp"] > 1 else 0) + copied * largest
     return both // mesh.shape["tensor"]
 
 

@@ -14,6 +14,9 @@ from sftjax.errors import ConfigError, exit_with_message
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg): FILE.py[:ARG].")
 _RESUME = flags.DEFINE_string("resume", None, "Continue this run folder, with the configuration saved in it.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Do everything up to the first step, report it, and exit.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where no cluster tells it.")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "With --coordinator: how many processes there are.")
+_PROCESS = flags.DEFINE_integer("process", -1, "With --coordinator: which of them this is, from 0.")
 _ALLOW = flags.DEFINE_list("allow", [], "Differences to accept on resume, by the names that the refusal gives.")
 
 
@@ -65,8 +68,9 @@ def main(argv: Sequence[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches
     sys.stdout.reconfigure(line_buffering=True)  # so that it stays in order with the progress line on stderr
-    from sftjax import train  # after the flags, so that --help and mistakes answer at once
+    from sftjax import distributed, train  # after the flags, so that --help and mistakes answer at once
 
+    distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _RESUME.value:
         return train.resume(_RESUME.value, config=config, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
     return train.run(config, allow=_ALLOW.value, dry_run=_DRY_RUN.value)

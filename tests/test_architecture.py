@@ -22,7 +22,7 @@ LAYERS = [
     {"program"},
     {"step"},
     {"optim", "metrics", "checkpoint", "runs", "stopping", "weights"},
-    {"optim8bit", "digest", "lock", "charts", "hlo", "hardware"},
+    {"optim8bit", "digest", "lock", "charts", "hlo", "hardware", "distributed"},
     {"models"},
     {"peft"},
     {"kernels"},
