@@ -58,18 +58,18 @@ def search(
     if target.chip is None:
         raise ConfigError("--search ranks by a chip's data sheet: give a TPU or GPU topology")
     ranked = sorted(candidates(config, target), key=lambda candidate: (candidate.seconds, candidate.peak))
-    capacity = target.chip.memory * (SLACK if target.compiles else 1)
-    worth = [candidate for candidate in ranked if candidate.peak <= capacity]
+    limit = target.chip.memory * (SLACK if target.compiles else 1)
     refused: list[dict[str, Any]] = []
-    for candidate in worth[:COMPILES]:
+    for candidate in ranked:
+        if candidate.peak >= limit or len(refused) == COMPILES:
+            continue
         try:
             result = plan.make(plan.with_fields(config, candidate.fields), target, preflight=preflight, price=price)
         except plan.DoesNotFit as error:
             refused.append({"fields": candidate.fields, "why": str(error)})
+            limit = candidate.peak  # what needs more by rule won't fit either
             continue
-        if result["memory"]["fits"]:
-            return result | {"search": {"fields": candidate.fields, "considered": len(ranked), "refused": refused}}
-        refused.append({"fields": candidate.fields, "why": f"{plan.gib(-result['memory']['free'])} short"})
+        return result | {"search": {"fields": candidate.fields, "considered": len(ranked), "refused": refused}}
     smallest = min(ranked, key=lambda candidate: candidate.peak)
     raise plan.DoesNotFit(
         f"none of {len(ranked)} ways to run this fits {target.name} ({len(refused)} were compiled); the smallest, "

@@ -246,6 +246,20 @@ def test_search_prefers_what_needs_no_exchange(folder):
     assert "--config.mesh.data=8" in plan_search.describe(result)
 
 
+def test_search_goes_on_with_less_where_the_compiler_refuses(folder, monkeypatch):
+    make = plan.make
+
+    def refuse(config, target, **options):
+        if config.model.remat != "full":
+            raise plan.DoesNotFit("too much")
+        return make(config, target, **options)
+
+    monkeypatch.setattr(plan, "make", refuse)
+    found = plan_search.search(small_config(folder, train__batch_size=8), stand_in(8))["search"]
+    assert found["fields"]["model.remat"] == "full"
+    assert 0 < len(found["refused"]) <= plan_search.COMPILES
+
+
 def test_search_that_finds_nothing_names_the_smallest():
     config = small_config("meta-llama/Llama-3-70B", train__batch_size=8)
     with pytest.raises(plan.DoesNotFit, match=r"mesh.fsdp=\d.*GiB"):
