@@ -144,8 +144,8 @@ def plain_params(job, variables) -> tuple[Any, str | None]:
         if job.config.export.merge_into == "original":
             into = f"the original weights, where it was trained beside their {kind} form"
             original = loading.load_base(job.opened, job.model_config, jnp.float32, job.program.mesh)["params"]
-            trained = job.program.abstract_state.trainable.get("params", {})
-            kept = {path: leaf for path, leaf in tree.flatten(base).items() if path in tree.flatten(trained)}
+            trained = tree.flatten(job.program.abstract_state.trainable.get("params", {}))
+            kept = {path: leaf for path, leaf in tree.flatten(base).items() if path in trained}
             base, quant = tree.unflatten(tree.flatten(original) | kept), None
     return merge.merge(base, adapter, quant=quant, dtype=jnp.float32), into
 

@@ -33,7 +33,7 @@ BASE = {
     "train__max_steps": 6,
     "train__learning_rate": 1e-2,
     "checkpoint__save_steps": 3,
-    "eval__num_samples": 0,
+    "data__eval_fraction": 0.0,
     "export__dtype": "float32",
 }
 
@@ -78,13 +78,16 @@ def test_a_continued_run_quantises_the_base_again_and_ends_the_same(place, qlora
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow  # two more runs; tests/test_step.py has the same for one step's program
 def test_eight_devices_follow_one(place, qlora):
     run(place, "spread", devices=8, mesh__tensor=2, data__packing="none", model__remat="none", export__enabled=False)
     run(place, "alone", data__packing="none", export__enabled=False)
     np.testing.assert_allclose(curve(place, "spread"), curve(place, "alone"), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("into", "method"), [("dequantized", "dora"), ("original", "lora")])
+@pytest.mark.parametrize(
+    ("into", "method"), [("dequantized", "dora"), pytest.param("original", "lora", marks=pytest.mark.slow)]
+)
 def test_merged_into_either_base_and_said_so(place, into, method):
     name = f"merged-{into}"
     done = run(place, name, export__merge=True, export__merge_into=into, peft__method=method)

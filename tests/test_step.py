@@ -11,6 +11,7 @@ from sftjax import optim, program, step, tree
 from sftjax.data import packing, pipeline
 from sftjax.data.mixture import Ingredient, Mixture
 from sftjax.data.types import Sample
+from sftjax.kernels import nf4
 from sftjax.models import decoder
 from sftjax.models.config import LayerSpec, ModelConfig, Rope
 from sftjax.parallel import mesh as meshes
@@ -20,7 +21,7 @@ from sftjax.peft.spec import AdapterSpec
 CONFIG = ModelConfig(
     vocab_size=96,
     hidden_size=64,
-    intermediate_size=96,
+    intermediate_size=128,
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
@@ -166,21 +167,25 @@ def test_micro_batches_without_a_trained_token_change_nothing():
     assert_same(full, with_silent)
 
 
-def build(mesh_shape, spec=None, devices=1, learning_rate=1e-2, dtype=jnp.float32):
+def build(mesh_shape, spec=None, devices=1, learning_rate=1e-2, dtype=jnp.float32, remat="full", kind=None, ratio=1.0):
+    """A program on some devices, its state and frozen leaves. `kind` of quantised base, `ratio` of LoRA+."""
     spec = spec or AdapterSpec(method="full")
     mesh = meshes.make(
         {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1, **mesh_shape}, jax.devices()[:devices]
     )
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype), params())
+    if kind:
+        variables = quantised(variables["params"], kind)
     if spec.method != "full":
-        variables["adapter"] = lora.init(jax.random.key(2), variables["params"], spec)
+        quant = variables.get("quant")
+        variables["adapter"] = lora.init(jax.random.key(2), variables["params"], spec, quant=quant)
     optimizer, _ = optim.make_optimizer(
-        learning_rate=learning_rate, total_steps=100, schedule="constant", weight_decay=0.1
+        learning_rate=learning_rate, total_steps=100, schedule="constant", weight_decay=0.1, loraplus_lr_ratio=ratio
     )
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     built = program.build(
         CONFIG,
-        RUNTIME.replace(mesh=mesh),
+        RUNTIME.replace(mesh=mesh, remat=remat, bottleneck_activation=spec.bottleneck_activation),
         mesh,
         abstract,
         optimizer,
@@ -192,15 +197,52 @@ def build(mesh_shape, spec=None, devices=1, learning_rate=1e-2, dtype=jnp.float3
     return built, *built.init_state(copies)
 
 
-def losses(built, state, frozen, count=4, accumulation=2):
+def quantised(weights, kind):
+    kept, quant = {}, {}
+    for path, leaf in tree.flatten(weights).items():
+        module = path.rpartition("/")[0]
+        if nf4.is_projection(module):
+            quant |= {f"{module}/{name}": part for name, part in nf4.quantise(leaf, kind).items()}
+        else:
+            kept[path] = leaf
+    return {"params": tree.unflatten(kept), "quant": tree.unflatten(quant)}
+
+
+def losses(built, state, frozen, count=4, accumulation=2, packed=False):
     made = samples(8)
-    batch = batch_of([[sample] for sample in made], accumulation)
-    rows = 8 // accumulation
+    rows = [made[i : i + 2] for i in range(0, 8, 2)] if packed else [[sample] for sample in made]
+    batch = batch_of(rows, accumulation)
+    size = len(rows) // accumulation
     values = []
     for _ in range(count):
-        state, figures = built.train_step(state, frozen, built.put(batch, range(rows), rows))
+        state, figures = built.train_step(state, frozen, built.put(batch, range(size), size))
         values.append(float(figures["nll"] / figures["weight"]))
     return values, state
+
+
+VARIANTS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"method": "dora"},
+    "pissa": {"init": "pissa"},
+    "lora_plus": {},
+    "houlsby": {"method": "houlsby", "bottleneck_size": 16, "bottleneck_activation": "silu"},
+    "pfeiffer": {"method": "pfeiffer", "bottleneck_size": 16},
+    "nf4": {"method": "dora"},
+    "int8": {},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("lora_plus", "nf4") else pytest.mark.slow) for name in VARIANTS]
+)
+def test_packing_recomputation_and_devices_don_t_change_the_curve_of_any_variant(name):
+    spec = AdapterSpec(**{"rank": 4, "alpha": 8, **VARIANTS[name]})
+    options = {"kind": name if name in ("nf4", "int8") else None, "ratio": 16.0 if name == "lora_plus" else 1.0}
+    plain, _ = losses(*build({}, spec, **options), 3)
+    other, _ = losses(*build({"fsdp": 4, "tensor": 2}, spec, 8, remat="none", **options), 3, 1, packed=True)
+    np.testing.assert_allclose(other, plain, rtol=1e-5)
+    assert plain[-1] < plain[0] - 1e-4
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec(method="full"), AdapterSpec(method="lora", rank=4, alpha=8)])
@@ -262,7 +304,7 @@ def test_frozen_weights_get_no_gradient_and_the_adapter_is_all_that_is_kept():
     jax.tree.map(np.testing.assert_array_equal, before, frozen)
     count = built.count()
     # 2 layers x rank 4 x (in + out) of the seven projections
-    per_layer = 4 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 2 * (64 + 96) + (96 + 64))
+    per_layer = 4 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 128))
     assert count["trainable"] == count["adapter"] == 2 * per_layer
 
 
