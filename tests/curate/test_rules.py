@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 
 from sftjax.curate import rules, text
@@ -200,3 +203,19 @@ def test_weights_language_words_and_own_rules(tmp_path):
 def test_a_wrong_setting_is_told(options):
     with pytest.raises(ConfigError):
         rules.build(**{"preset": "default", **options})
+
+
+def test_a_classifier_in_hugging_face_layout(monkeypatch):
+    """The pipeline needs torch, which the tests don't have; what is asked of it, and made of its answer, is ours."""
+    asked = []
+
+    def pipeline(task, **options):
+        assert task == "text-classification" and options["model"] == "folder" and options["top_k"] is None
+        return lambda texts: (
+            asked.extend(texts) or [[{"label": "fine", "score": 0.1}, {"label": "toxic", "score": 0.9}]]
+        )
+
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(pipeline=pipeline))
+    rule = rules.hf_classifier("folder", "toxic")
+    assert fired(LONG, extra=(("toxic", rule, 1.0),))[0] == pytest.approx(0.1)
+    assert asked == [LONG]
