@@ -20,8 +20,6 @@ from sftjax.data.sources import open_source
 from sftjax.errors import ConfigError, StorageError
 from tests.curate import planted, real_data
 
-pytest.importorskip("rensa")
-pytest.importorskip("xxhash")
 ROOT = Path(__file__).resolve().parents[2]
 ITEM = "At what temperature in kelvin does pure water boil at the pressure of one atmosphere?"
 
