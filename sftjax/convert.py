@@ -48,7 +48,7 @@ def convert(source: str, target: str, *, adapter: str | None = None, dtype: str 
     if not adapter:
         return export.export_model(target, files.config, params, dtype=dtypes, source=files)
     config, params, tokenizer = _merged(params, adapter, files)
-    stop_ids = tokenizer.stop_ids
+    stop_ids = () if tokenizer is None else tokenizer.stop_ids
     return export.export_model(
         target, config, params, dtype=dtypes, source=files, tokenizer=tokenizer, stop_ids=stop_ids
     )
@@ -65,9 +65,10 @@ def _write_gguf(target: str, files: hf.ModelFiles, config: ModelConfig, params: 
     return [os.path.basename(target)]
 
 
-def _merged(params: Any, adapter: str, files: hf.ModelFiles) -> tuple[ModelConfig, Any, Tokenizer]:
-    """The model with the adapter folded in; the adapter's tokenizer, where it has one, is the result's."""
-    tokenizer = loading.open_model(files.path, adapter=adapter).tokenizer
+def _merged(params: Any, adapter: str, files: hf.ModelFiles) -> tuple[ModelConfig, Any, Tokenizer | None]:
+    """The model with the adapter folded in, and the adapter's tokenizer where it has one (it may have more tokens)."""
+    own = loading.has_tokenizer(adapter)
+    tokenizer = loading.open_model(files.path, adapter=adapter).tokenizer if own else None
     config, params, leaves = loading.with_adapter(files.config, params, adapter)
     return config, merge.merge(params, leaves, dtype=jnp.float32), tokenizer
 

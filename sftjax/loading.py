@@ -55,8 +55,7 @@ def open_model(path: str, *, chat_template: str = "", end_of_turn: str = "", ada
       ConfigError: not a model, not understood, or a tokenizer that has ids beyond the embedding.
     """
     files = hf.open_model(path)
-    own = adapter is not None and "tokenizer_config.json" in Folder(adapter).names()
-    with contextlib.nullcontext(adapter) if own else _tokenizer_folder(files) as folder:
+    with contextlib.nullcontext(adapter) if has_tokenizer(adapter) else _tokenizer_folder(files) as folder:
         tokenizer = tokenizers.load(folder, chat_template=chat_template or None, end_of_turn=end_of_turn or None)
     rows = files.config.vocab_size
     if adapter is not None:
@@ -67,6 +66,11 @@ def open_model(path: str, *, chat_template: str = "", end_of_turn: str = "", ada
             f"{rows} rows; take the tokenizer that belongs to these weights"
         )
     return Opened(files, files.config, tokenizer)
+
+
+def has_tokenizer(adapter: str | None) -> bool:
+    """Whether an adapter's folder has a tokenizer beside the adapter."""
+    return adapter is not None and "tokenizer_config.json" in Folder(adapter).names()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,103 @@
+"""What a configuration means: adapter settings, batches, an adapter to go on from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from sftjax import config as config_lib
+from sftjax import job
+from sftjax.errors import ConfigError
+from sftjax.models import decoder
+from sftjax.models.config import LayerSpec, ModelConfig, Rope
+from sftjax.parallel import mesh as meshes
+from sftjax.peft.spec import AdapterSpec
+
+MODEL = ModelConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    layers=(LayerSpec(rope=Rope(10000.0, 16)),) * 2,
+    max_position=512,
+    norm_eps=1e-5,
+    tie_word_embeddings=True,
+)
+
+
+def test_every_field_of_an_adapter_can_be_set():
+    config = config_lib.defaults()
+    peft = {
+        "method": "dora",
+        "r": 4,
+        "lora_alpha": 8.0,
+        "lora_dropout": 0.1,
+        "target_modules": ("q_proj", "v_proj"),
+        "exclude_modules": ("layers.1.self_attn.v_proj",),
+        "layers_to_transform": (1,),
+        "rank_pattern": (("q_proj", 2),),
+        "alpha_pattern": (("q_proj", 3),),
+        "use_rslora": True,
+        "init_lora_weights": "gaussian",
+        "bias": "lora_only",
+        "modules_to_save": ("embed_tokens",),
+        "also_train": "params/norm/weight",
+        "bottleneck_size": 7,
+        "bottleneck_activation": "gelu",
+    }
+    for name, value in peft.items():
+        config.peft[name] = value
+    spec, plain = job.adapter_spec(config, model=MODEL, grows=False), AdapterSpec()
+    unchanged = [
+        field.name
+        for field in dataclasses.fields(AdapterSpec)
+        if field.name != "method" and getattr(spec, field.name) == getattr(plain, field.name)
+    ]
+    assert not unchanged
+    abstract = jax.eval_shape(
+        lambda params: job.new_adapter({"params": params}, spec, 0), decoder.abstract_params(MODEL)
+    )
+    assert set(abstract["layers_0"]["0"]["self_attn"]) == {"q_proj"}  # v_proj of layer 1 is left out, 0 isn't asked for
+
+
+def test_new_tokens_are_trained_beside_an_adapter():
+    config = config_lib.defaults()
+    assert job.adapter_spec(config, model=MODEL, grows=True).modules_to_save == ()  # everything is trained anyway
+    config.peft.method = "lora"
+    assert job.adapter_spec(config, model=MODEL, grows=True).modules_to_save == ("embed_tokens",)
+    untied = MODEL.replace(tie_word_embeddings=False)
+    assert job.adapter_spec(config, model=untied, grows=True).modules_to_save == ("embed_tokens", "lm_head")
+
+
+def test_flat_rows_follow_the_devices_and_hold_as_many_samples_as_the_rows_they_stand_for():
+    config = config_lib.defaults()
+    config.data.packing, config.data.max_segments = "padding_free", 5
+    config.train.batch_size, config.train.gradient_accumulation_steps = 16, 2
+    mesh = meshes.make({"data": 2, "fsdp": 2, "tensor": 2})
+    options = job.batching_options(config, mesh)
+    assert (options["batch_size"], options["flat_rows"], options["fill"]) == (8, 4, "sequences")
+    config.train.batch_tokens = 16 * config.data.max_length
+    options = job.batching_options(config, mesh)
+    assert (options["fill"], options["max_segments"]) == ("tokens", 2 * 4 + 1)  # two rows of four samples, and the tail
+
+
+def test_an_adapter_that_is_not_what_the_settings_say_is_refused():
+    config = config_lib.defaults()
+    config.peft.method, config.peft.r = "lora", 4
+    spec = job.adapter_spec(config, model=MODEL, grows=False)
+    params = {"params": decoder.init_params(jax.random.key(0), MODEL)}
+    adapter = job.new_adapter(params, spec, 0)
+    job.check_adapter(adapter, adapter, "there")
+    other = job.new_adapter(params, spec.replace(rank=8), 0)
+    message = r"there: its .*/lora_A is \(2, 8, 128\), where the peft settings make it \(2, 4, 128\)"
+    with pytest.raises(ConfigError, match=message):
+        job.check_adapter(other, adapter, "there")
+    fewer = job.new_adapter(params, spec.replace(target_modules=("q_proj",)), 0)
+    with pytest.raises(ConfigError, match="is missing"):
+        job.check_adapter(fewer, adapter, "there")
+    assert np.all(np.asarray(adapter["layers_0"]["0"]["mlp"]["up_proj"]["lora_B"]) == 0)
