@@ -166,7 +166,7 @@ def _write_kept(folder: Path, settings: Settings, inputs, rows: Rows, decision: 
         for number in staying:
             given = inputs[rows.source[number]]
             row = given.source[int(rows.index[number])]
-            if hide and rows.said[number]["personal"]:
+            if hide:
                 row = personal.masked(row)
             extra = {"_index": int(rows.index[number]), "_source": given.name, "_score": float(rows.score[number])}
             yield {**row, **extra, "_sha256": output.row_hash(row)}

@@ -47,7 +47,7 @@ class Semantic:
     """Rows that say the same in other words."""
 
     mode: str = "remove"
-    threshold: float = 0.65  # cosine; of the TF-IDF vectors that are used where no encoder is given
+    threshold: float = 0.55  # cosine; of the TF-IDF vectors that are used where no encoder is given
     encoder: Any = ""  # "file.py:function" that makes an object with encode(texts), or the object
 
 

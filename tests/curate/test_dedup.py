@@ -85,7 +85,7 @@ def found_pairs(rows):
     near = dedup.near_duplicates(*signed(texts), order, 0.7)
     order = sorted(set(order) - {one.row for one in near})
     vectors = semantic.normalised(semantic.Tfidf(texts).encode(texts))
-    return {"exact_copy": exact, "near_copy": near, "paraphrase": semantic.similar(vectors, order, 0.65)}
+    return {"exact_copy": exact, "near_copy": near, "paraphrase": semantic.similar(vectors, order, 0.55)}
 
 
 def test_planted_copies_are_found_and_next_to_nothing_else():
@@ -101,6 +101,69 @@ def test_planted_copies_are_found_and_next_to_nothing_else():
         assert hit >= least * len(wanted), (kind, hit, len(wanted))
     clean = len(made) - len(copies) - len(damaged)
     assert len(removed - copies - damaged) <= 0.01 * clean
+
+
+BY_HAND = [  # question, answer, and both in other words; written without an eye on which words are shared
+    (
+        "What is the capital of France?",
+        "The capital of France is Paris.",
+        "Which city is France's capital?",
+        "Paris is the capital city of France.",
+    ),
+    (
+        "How do I boil an egg?",
+        "Place the egg in boiling water for eight minutes, then cool it in cold water.",
+        "What's the way to cook a boiled egg?",
+        "Put your egg into boiling water, wait around eight minutes, and chill it with cold water.",
+    ),
+    (
+        "Give me three tips for staying healthy.",
+        "Eat a balanced diet with plenty of vegetables, exercise regularly, and get enough sleep every night.",
+        "What are three pieces of advice for good health?",
+        "Sleep enough each night, do regular exercise, and have a balanced diet that has lots of vegetables.",
+    ),
+    (
+        "Explain photosynthesis simply.",
+        "Photosynthesis is how plants use sunlight, water and carbon dioxide to make sugar and release oxygen.",
+        "Can you describe photosynthesis in simple terms?",
+        "Plants turn sunlight, carbon dioxide and water into sugar, giving off oxygen; this is photosynthesis.",
+    ),
+    (
+        "Why do cats purr?",
+        "Cats purr when they are content, but also to calm themselves when hurt or stressed.",
+        "What makes a cat purr?",
+        "A cat may purr because it is happy, or to soothe itself when it is injured or under stress.",
+    ),
+    (
+        "Write a short email asking my boss for a day off on Friday.",
+        "Dear Ms Hill, I would like to take this Friday off for a family matter. Kind regards, Tom",
+        "Draft a brief message to my manager requesting leave on Friday.",
+        "Hello Ms Hill, could I please have this Friday off? I have a family matter to attend to. Best, Tom",
+    ),
+    (
+        "Who wrote Pride and Prejudice?",
+        "Pride and Prejudice was written by Jane Austen and published in 1813.",
+        "Name the author of Pride and Prejudice.",
+        "Jane Austen is the author; the novel came out in 1813.",
+    ),
+    (
+        "Translate 'good morning' to Spanish.",
+        "Good morning in Spanish is buenos dias.",
+        "How do you say good morning in Spanish?",
+        "You say buenos dias.",
+    ),
+]
+
+
+def test_paraphrases_by_hand_among_real_rows():
+    pairs = [(real_data.chat(*one[:2]), real_data.chat(*one[2:])) for one in BY_HAND]
+    rows = [*real_data.conversations()[:1500], *(row for pair in pairs for row in pair)]
+    texts = ["\n".join(message["content"] for message in row["messages"]) for row in rows]
+    vectors = semantic.normalised(semantic.Tfidf(texts).encode(texts))
+    found = {frozenset((one.row, one.of)) for one in semantic.similar(vectors, range(len(rows)), 0.55)}
+    start = len(rows) - 2 * len(pairs)
+    hits = sum(frozenset((start + 2 * i, start + 2 * i + 1)) in found for i in range(len(pairs)))
+    assert hits >= 5 and len(found) - hits <= 0.01 * len(rows)
 
 
 def test_real_duplicates_of_chatterbot():
