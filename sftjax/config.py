@@ -87,6 +87,8 @@ def defaults() -> ConfigDict:
     config.train.loss_reduction = "token"  # what counts alike in a step's loss; evaluation is always by token
     config.train.learning_rate = 2e-5
     config.train.lr_scheduler_type = "cosine"
+    config.train.min_lr_ratio = 0.0  # where cosine, linear and wsd end, as a part of the learning rate
+    config.train.decay_ratio = 0.1  # wsd: the share of the steps at the end in which it falls
     config.train.warmup_ratio = 0.03
     config.train.warmup_steps = 0  # overrides the ratio
     config.train.optim = "adamw"
@@ -94,6 +96,7 @@ def defaults() -> ConfigDict:
     config.train.adam_beta2 = 0.999
     config.train.adam_epsilon = 1e-8
     config.train.weight_decay = 0.0
+    config.train.weight_decay_regex = ""  # over "<collection>/<path>"; empty: all but biases and norms
     config.train.max_grad_norm = 1.0
     config.train.neftune_noise_alpha = 0.0
     config.train.max_nonfinite_steps = 5  # in a row, then the run stops
@@ -252,6 +255,8 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
         "set train.num_train_epochs or train.max_steps above 0",
     )
     require(config.train.learning_rate >= 0, f"train.learning_rate={config.train.learning_rate} is negative")
+    for field in ("min_lr_ratio", "decay_ratio", "warmup_ratio"):
+        require(0 <= config.train[field] <= 1, f"train.{field}={config.train[field]} is not in [0, 1]")
     bottleneck = config.peft.method in ("houlsby", "pfeiffer")
     require(
         not (bottleneck and config.export.enabled),

@@ -41,6 +41,7 @@ def test_defaults_are_valid_once_model_and_data_are_named():
         ("peft.quantization", "nf4", "choose a peft.method"),
         ("peft.method", "houlsby", "set export.enabled=False"),
         ("peft.bottleneck_activation", "swish", "choose one of relu"),
+        ("train.decay_ratio", 1.5, r"train\.decay_ratio=1\.5 is not in"),
         ("data.static_lengths", 0, "must be at least 1"),
         ("train.loss_reduction", "mean", "choose one of token, example"),
     ],

@@ -74,6 +74,23 @@ def test_new_tokens_are_trained_beside_an_adapter():
     assert job.adapter_spec(config, model=untied, grows=True).modules_to_save == ("embed_tokens", "lm_head")
 
 
+def test_schedule_and_decay_are_as_the_settings_say():
+    config = config_lib.defaults()
+    config.train.lr_scheduler_type, config.train.learning_rate = "wsd", 1.0
+    config.train.warmup_ratio, config.train.min_lr_ratio, config.train.decay_ratio = 0.0, 0.25, 0.5
+    config.train.weight_decay, config.train.weight_decay_regex = 0.1, "params/norm/.*"
+    config.train.optim, config.train.max_grad_norm, config.train.adam_beta1 = "sgd", 0.0, 0.0
+    mesh = meshes.make({"fsdp": 1}, jax.devices()[:1])
+    spec = job.adapter_spec(config, model=MODEL, grows=False)
+    program, schedule = job.build_program(config, MODEL, spec, mesh, total_steps=100)
+    assert [round(float(schedule(step)), 3) for step in (0, 50, 75, 100)] == [1.0, 1.0, 0.625, 0.25]
+    weights = {"params": {"norm": {"weight": np.ones(64)}, "embed_tokens": {"weight": np.ones((96, 64))}}}
+    zeros = jax.tree.map(np.zeros_like, weights)
+    updates, _ = program.optimizer.update(zeros, program.optimizer.init(weights), weights)
+    assert np.all(np.asarray(updates["params"]["embed_tokens"]["weight"]) == 0)
+    np.testing.assert_allclose(updates["params"]["norm"]["weight"], -0.1, rtol=1e-6)
+
+
 def test_flat_rows_follow_the_devices_and_hold_as_many_samples_as_the_rows_they_stand_for():
     config = config_lib.defaults()
     config.data.packing, config.data.max_segments = "padding_free", 5
