@@ -26,7 +26,9 @@ _KANA = re.compile(r"[\u3040-\u30ff]")
 
 _FUNCTION_WORDS = {
     "en": "the of and to is in that it for was on are with as you this be have from or not but what which they an can "
-    "his her my we your do if there would their been has how so will i a at by he she were had me him who when",
+    "his her my we your do if there would their been has how so will i a at by he she were had me him who when "
+    "while could should than about any more make get please write explain give why where does did out just some "
+    "other only between",
     "de": "der die das und ist nicht ein eine zu den mit von sich auf für es im dem wir ich sie wird auch als noch an "
     "werden aus er hat dass kann wenn aber nach bei einer oder sind zum haben nur über man mehr dann vor",
     "fr": "le la les de des et est un une que dans en pour pas ce qui il sur au plus par je ne se avec sont nous vous "
@@ -45,6 +47,16 @@ _FUNCTION_WORDS = {
     "który która jeśli więc",
     "tr": "ve bir bu da de için ile çok daha ne var gibi ama olarak olan en kadar sonra ben değil her mi şey o biz "
     "veya ise olduğu",
+    "cs": "a se na je že v to s z do o i ale jako pro by jsem jsou není který která při také nebo když už jen tak "
+    "ještě bylo může podle aby jeho její",
+    "fi": "ja on ei se että oli hän mutta kun niin myös ovat joka tai sen mitä voi ole tämä jos kuin olen kanssa vain "
+    "sitten ennen hyvin",
+    "hu": "a az és hogy nem is egy ez meg de van csak volt már mint még ha kell vagy el azt lehet nagyon akkor minden",
+    "id": "yang dan di ini itu dengan untuk tidak dari dalam akan pada juga ke ada bisa saya kami mereka atau karena "
+    "oleh sudah adalah lebih seperti",
+    "ro": "și în de la a cu nu este pe un o din care că mai sunt pentru se ce au fost dar sau fi prin ca după când "
+    "foarte",
+    "vi": "và của là có không được cho một các trong với này những để người đã khi đến từ ra cũng như về nhiều",
 }  # fmt: skip
 WITH_LATIN_LETTERS = frozenset(_FUNCTION_WORDS)
 _OF_WORD: dict[str, list[str]] = {}

@@ -28,7 +28,7 @@ _TO_HELP = (
     r"|create|write|engage|respond|continue|participate|process)"
 )
 REFUSAL = re.compile(
-    r"(?:\bi\b|\bi'm|\bi’m|\bi am|^\W*(?:sorry|unfortunately))"
+    r"(?:\bi\b|\bi'm|\bi am|^\W*(?:sorry|unfortunately))"
     rf"[^.!?\n]{{0,60}}?{_NOT_ABLE}[^.!?\n]{{0,25}}?\b{_TO_HELP}\b"
     r"|\b(?:must|have to) (?:respectfully )?decline\b|\bi decline to\b"
     r"|\bagainst my (?:guidelines|programming|policy)\b",
@@ -36,10 +36,13 @@ REFUSAL = re.compile(
 )
 
 BOILERPLATE = re.compile(
-    r"\b(?:as|being|i am|i'm|i’m) (?:just |only |merely )?an? (?:\w+ )?"
-    r"(?:ai\b|a\.i\.|artificial intelligence|language model|(?:large|big) language model|chatbot|virtual assistant)"
+    r"\b(?:as|being|i am|i'm) (?:just |only |merely )?an? (?:\w+ )?"
+    r"(?:ai\b|a\.i\.|artificial intelligence|language model|(?:large|big) language model|chatbot|virtual assistant"
+    r"|computer program)"
     r"|\bmy (?:knowledge|training)(?: data)? ?(?:cut-?off|ends|ended|only goes|was last updated)"
     r"|\b(?:knowledge|training) cut-?off\b|\bas of my last (?:\w+ )?update|\bmy last (?:knowledge|training) update"
+    r"|\bi (?:do not|don't|cannot|can't) have (?:personal (?:opinion|experience|feeling|belief|preference)s?|feelings"
+    r"|emotions|(?:access to )?(?:real-time|the internet|up-to-date))"
     r"|\b(?:trained|developed|created) by (?:openai|anthropic|google|meta|microsoft)\b",
     re.I,
 )
@@ -49,7 +52,8 @@ PLACEHOLDER = re.compile(
     r"|placeholder|example|specify|fill|date|time|name|address|number|link|url|tbd|todo|phone|email|city|state|product|title|position|topic)"
     r"(?:[ _][^\]\n]{0,40})?\])"
     r"|(?i:<(?:your|insert|enter|add|placeholder|fill)[ _][^>\n]{1,40}>)|\{\{\s*\w+\s*\}\}"
-    r"|\bTODO\b|\bFIXME\b|\bTBD\b|\bXXX+\b|(?i:\blorem ipsum\b)",
+    r"|\bTODO\b|\bFIXME\b|\bTBD\b|\bXXX+\b|(?i:\blorem ipsum\b)"
+    r"|\b(?i:insert) (?:\w+ )?\w+ (?:HERE|here)\b",
 )
 
 DANGLING = re.compile(
@@ -70,6 +74,7 @@ SYMBOL_WORD = re.compile(  # not operators and dashes, which stand alone between
     r"(?:[^\w\s]{2,}|[#|~@^_$*\\`])(?!\S)"
 )
 URL = re.compile(r"(?:https?://|www\.)\S+", re.I)
+UNDECODED = re.compile(r"&(?:amp|quot|lt|gt|nbsp|apos|#\d{2,5}|#x[0-9a-fA-F]{2,4});|\\u[0-9a-fA-F]{4}|\\x[0-9a-f]{2}")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
 
 _HARM = (

@@ -93,7 +93,7 @@ def literal_opener(exchange: Exchange) -> bool:
 
 def stock_opener(exchange: Exchange) -> bool:
     """The response starts with a stock phrase, such as "Sure, here you go"."""
-    return bool(patterns.STOCK_OPENER.match(exchange.response))
+    return bool(patterns.STOCK_OPENER.match(exchange.plain))
 
 
 def literal_hedge(exchange: Exchange) -> bool:
@@ -108,7 +108,7 @@ def hedging(exchange: Exchange) -> bool:
 
 def refusal(exchange: Exchange) -> bool:
     """A short response that refuses, to a prompt that asks for nothing dangerous."""
-    return is_refusal(exchange.response) and not patterns.ADVERSARIAL.search(exchange.instruction or "")
+    return is_refusal(exchange.plain) and not patterns.ADVERSARIAL.search(exchange.instruction or "")
 
 
 def is_refusal(response: str) -> bool:
@@ -117,7 +117,7 @@ def is_refusal(response: str) -> bool:
 
 def boilerplate(exchange: Exchange) -> bool:
     """The response speaks of itself as a language model or of its knowledge cutoff."""
-    return bool(patterns.BOILERPLATE.search(exchange.response))
+    return bool(patterns.BOILERPLATE.search(exchange.plain))
 
 
 def placeholder(exchange: Exchange) -> bool:
@@ -187,11 +187,13 @@ def repeated_line(exchange: Exchange) -> bool:
 
 
 def encoding_damage(exchange: Exchange) -> bool:
-    """Text decoded the wrong way (â€™ for ’), lost characters, or control characters."""
+    """Text decoded the wrong way (â€™ for ’), or not at all (&quot;), lost characters, or control characters."""
     text = exchange.response
-    if text.isascii():
-        return bool(patterns.CONTROL.search(text))
-    return "\ufffd" in text or bool(patterns.CONTROL.search(text)) or patterns.mojibake(text)
+    if patterns.CONTROL.search(text):
+        return True
+    if patterns.UNDECODED.search(exchange.prose) and not patterns.UNDECODED.search(exchange.instruction or ""):
+        return True
+    return not text.isascii() and ("\ufffd" in text or patterns.mojibake(text))
 
 
 def url_only(exchange: Exchange) -> bool:

@@ -98,11 +98,11 @@ def describe(dialogue: Dialogue, tokens: int | None = None) -> dict[str, Any]:
     count = sum(len(text.split()) for _, text in dialogue.messages)
     tokens = round(count * TOKENS_PER_WORD) if tokens is None else tokens
     formats = {format_of(exchange.response) for exchange in dialogue.exchanges}
-    refusals = sum(is_refusal(exchange.response) for exchange in dialogue.exchanges)
+    refusals = sum(is_refusal(exchange.plain) for exchange in dialogue.exchanges)
     prompts = "\n".join(exchange.instruction or "" for exchange in dialogue.exchanges)
     adversarial = bool(patterns.ADVERSARIAL.search(prompts))
     persona = bool(_PERSONA.search(dialogue.system))
-    about = any(patterns.BOILERPLATE.search(exchange.response) for exchange in dialogue.exchanges) if persona else False
+    about = any(patterns.BOILERPLATE.search(exchange.plain) for exchange in dialogue.exchanges) if persona else False
     return {
         "tokens": tokens,
         "asked": sum(len(exchange.instruction_words) for exchange in dialogue.exchanges),

@@ -54,6 +54,11 @@ class Exchange:
         return self.response.split()
 
     @cached_property
+    def plain(self) -> str:
+        """The response with typewriter apostrophes, as patterns have them."""
+        return self.response.replace("’", "'")
+
+    @cached_property
     def prose(self) -> str:
         """The response without fenced code."""
         return re.sub(r"```.*?(?:```|\Z)", " ", self.response, flags=re.S) if "```" in self.response else self.response

@@ -36,17 +36,17 @@ FAULTS = [
     ),
     (
         "refusal",
-        ["I'm sorry, but I can't help with that.", "I am unable to provide an answer.", "Sorry, I cannot assist you."],
+        ["I'm sorry, but I can't help with that.", "I am unable to provide an answer.", "Sorry, I can’t assist you."],
         [LONG, "I can't wait! " + LONG, "You cannot bring glass bottles; the keeper can help with anything else."],
     ),
     (
         "boilerplate",
-        ["As an AI language model, I have never been to a park.", "As of my last knowledge update it was open."],
+        ["As an AI language model, I have never been there.", "As of my last update it was.", "I don’t have feelings."],
         [LONG, "As an aide at the park told me, dogs are fine.", "Sandwiches. As a model picnic, this is it."],
     ),
     (
         "placeholder",
-        ["Dear [Your Name], please bring bread.", "TODO: list of things.", "Write to {{ name }} first.", "See [link]."],
+        ["Dear [Your Name], bring bread.", "TODO: list it.", "Write to {{ name }}.", "See [link].", "INSERT NAME HERE"],
         [LONG, "The list [1] has it all.", "Use `x[name]` to look it up in the dictionary.", "A todo list helps."],
     ),
     (
@@ -72,7 +72,7 @@ FAULTS = [
     ),
     (
         "encoding_damage",
-        ["Donâ€™t forget bread and cheese.", "A cafÃ© is near the park.", "Bring br\ufffdd.", "Ð¿Ñ€Ð¸Ð²ÐµÑ‚"],
+        ["Donâ€™t forget.", "A cafÃ© is near.", "Br\ufffdd.", "Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "It&#39;s &quot;so&quot;", r"Caf\u00e9"],
         ["Don’t forget the café – “Zur Straße”…", "Der Spaß“ sagte er", "naïve façade, Ænima, 5 €", "привет", "日本語"],
     ),
     (
