@@ -61,7 +61,7 @@ _FUNCTION_WORDS = {
 WITH_LATIN_LETTERS = frozenset(_FUNCTION_WORDS)
 _OF_WORD: dict[str, list[str]] = {}
 for _language, _text in _FUNCTION_WORDS.items():
-    for _word in _text.split():
+    for _word in (one for one in _text.split() if len(one) > 1):  # a letter may be a name or a variable
         _OF_WORD.setdefault(_word, []).append(_language)
 _LATIN_WORDS = re.compile(r"[^\W\d_]+")
 
@@ -109,4 +109,6 @@ def language(text: str, sure: bool = True) -> str | None:
     best, *others = sorted(votes.values(), reverse=True)
     if best < (max(3, 0.12 * len(found)) if sure else 2) or (others and best < 1.5 * others[0]):
         return None if sure else "latin"
-    return max(votes, key=votes.__getitem__)
+    winner = max(votes, key=votes.__getitem__)
+    different = {word for word in found if winner in _OF_WORD.get(word, ())}
+    return winner if len(different) > 1 or not sure else None
