@@ -65,6 +65,13 @@ def test_every_field_of_an_adapter_can_be_set():
     assert set(abstract["layers_0"]["0"]["self_attn"]) == {"q_proj"}  # v_proj of layer 1 is left out, 0 isn't asked for
 
 
+def test_what_a_step_donates_is_not_what_pissa_keeps():
+    spec = AdapterSpec(rank=4, init="pissa")
+    adapter = job.new_adapter({"params": decoder.init_params(jax.random.key(0), MODEL)}, spec, 0)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(adapter)]
+    assert len(set(buffers)) == len(buffers)
+
+
 def test_new_tokens_are_trained_beside_an_adapter():
     config = config_lib.defaults()
     assert job.adapter_spec(config, model=MODEL, grows=True).modules_to_save == ()  # everything is trained anyway

@@ -211,7 +211,9 @@ def _init_module(key: Array, path: str, target: Target, spec: AdapterSpec, weigh
     leaves: dict[str, Array] = {"scale": scale}
     if spec.pissa:
         low_A, low_B = _principal(weight, target, spec)
-        leaves |= {"lora_A": low_A, "lora_B": low_B, "initial_lora_A": low_A, "initial_lora_B": low_B}
+        # copies: the trained ones are donated to the step, the others must outlive it
+        leaves |= {"lora_A": low_A, "lora_B": low_B}
+        leaves |= {"initial_lora_A": jnp.copy(low_A), "initial_lora_B": jnp.copy(low_B)}
     else:
         shape = (*leading, rank, inputs)
         if spec.init == "gaussian":
