@@ -124,8 +124,17 @@ def settle(config: config_lib.ConfigDict, target: topology.Target) -> Step:
     mesh = meshes.make({axis: config.mesh[axis] for axis in meshes.AXES}, target.devices)
     spec = job.adapter_spec(config, model=model, grows=False)
     program, _ = job.build_program(config, model, spec, mesh, total_steps=config.train.max_steps or 1000)
-    accumulation = config.train.gradient_accumulation_steps
-    return Step(program, target, config_lib.rows_per_step(config) // accumulation, config.data.max_length, accumulation)
+    return step_of(config, program, target)
+
+
+def step_of(config: config_lib.ConfigDict, program: Program, target: topology.Target) -> Step:
+    """The largest step that a program is given. Padding-free rows are as long as all that a device gets."""
+    accumulation, length = config.train.gradient_accumulation_steps, config.data.max_length
+    rows = config_lib.rows_per_step(config) // accumulation
+    if config.data.packing == "padding_free":
+        shards = partition.batch_shards(program.mesh)
+        rows, length = shards, length * rows // shards
+    return Step(program, target, rows, length, accumulation)
 
 
 def make(

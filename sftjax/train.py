@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from sftjax import config as config_lib
-from sftjax import finish, runs, samples, stopping, tree
+from sftjax import finish, plan, runs, samples, stopping, topology, tree
 from sftjax.checkpoint import Checkpointer
 from sftjax.data import pipeline as pipelines
 from sftjax.errors import ConfigError, Diverged
@@ -45,11 +45,17 @@ def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bo
                 print(f"{folder.path}: this run is finished. Give another run_dir to train again.")
                 return 0
             job = setup(config, folder, allow)
+            print(plan.summary(plan.step_of(config, job.program, topology.here())))
             if dry_run:
                 return 0
             state, frozen, progress = restore(job)
         job = dataclasses.replace(job, stop=stop)
-        state = loop(job, state, frozen, progress)
+        try:
+            state = loop(job, state, frozen, progress)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise plan.out_of_memory(config, topology.here(), error) from error
         with stop.nothing_to_lose("exporting"):
             finish.finish(job, state, frozen)
     return 0

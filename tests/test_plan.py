@@ -278,6 +278,12 @@ def test_what_would_save_memory_is_ordered(folder):
     assert "3 GiB" in str(error) and "model.remat=full saves about" in str(error)
 
 
+def test_padding_free_rows_are_as_long_as_what_a_device_gets(folder):
+    config = small_config(folder, data__packing="padding_free", train__batch_size=32)
+    step = plan.settle(config, stand_in(8))
+    assert (step.rows, step.length, step.tokens) == (8, 512, 32 * 128)
+
+
 def test_a_run_on_these_devices_is_summed_up(folder):
     assert topology.here().devices == jax.devices() and topology.here().chip is None
     lines = plan.summary(plan.settle(small_config(folder, train__batch_size=8), stand_in(8))).splitlines()
