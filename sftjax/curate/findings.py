@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.curate import balance
+from sftjax.curate import balance, personal
 from sftjax.curate.chunks import Work
 from sftjax.curate.decide import Decision, Rows
 from sftjax.curate.dedup import Duplicate
@@ -19,14 +19,20 @@ from sftjax.curate.text import Dialogue
 SCHEMA = 1
 _EXAMPLES, _IDS, _PAIRS, _TEXT = 3, 20, 8, 700
 
-Read = Callable[[int], Dialogue]
+Show = Callable[[int], str]
 
 
-def gather(rows: Rows, decision: Decision, settings: Settings, work: Work, dialogue: Read) -> dict[str, Any]:
-    """Everything, as plain values."""
+def gather(
+    rows: Rows, decision: Decision, settings: Settings, work: Work, dialogue: Callable[[int], Dialogue]
+) -> dict[str, Any]:
+    """Everything, as plain values. Where personal data is masked in the rows, it is in the samples shown too."""
     names = [one.name for one in work.inputs]
     staying = decision.staying(len(rows))
     readable = [row for row in range(len(rows)) if "error" not in rows.said[row]]
+
+    def text(row: int) -> str:
+        shown = _text(dialogue(row))
+        return personal.mask(shown) if settings.personal.mode == "mask" else shown
 
     def place(row: int) -> dict[str, Any]:
         return {"index": int(rows.index[row]), "source": names[rows.source[row]]}
@@ -34,7 +40,7 @@ def gather(rows: Rows, decision: Decision, settings: Settings, work: Work, dialo
     def shown(row: int) -> dict[str, Any]:
         if "error" in rows.said[row]:
             return place(row)
-        return {**place(row), "score": float(rows.score[row]), "text": _text(dialogue(row))}
+        return {**place(row), "score": float(rows.score[row]), "text": text(row)}
 
     def described(numbers: Sequence[int]) -> dict[str, Any]:
         said = [rows.said[row] for row in numbers]
@@ -49,7 +55,7 @@ def gather(rows: Rows, decision: Decision, settings: Settings, work: Work, dialo
         "removed": _removed(decision, shown),
         "quality": _quality(rows, readable, decision, settings, work, shown),
         "duplicates": {
-            name: _duplicates(found, getattr(settings, name), place, dialogue)
+            name: _duplicates(found, getattr(settings, name), place, text)
             for name, found in decision.duplicates.items()
         },
         "contamination": {
@@ -160,7 +166,7 @@ def _where(rows: Rows, row: int, work: Work) -> str:
     return f"{work.inputs[rows.source[row]].name}:{rows.index[row]}"
 
 
-def _duplicates(found: Sequence[Duplicate], given: Any, place: Callable[[int], dict], dialogue: Read) -> dict[str, Any]:
+def _duplicates(found: Sequence[Duplicate], given: Any, place: Callable[[int], dict], text: Show) -> dict[str, Any]:
     """Counts, and the pairs nearest the threshold, by which a person sees whether it is right."""
     nearest = sorted(found, key=lambda one: one.similarity)[:_PAIRS]
     return {
@@ -170,8 +176,8 @@ def _duplicates(found: Sequence[Duplicate], given: Any, place: Callable[[int], d
         "pairs": [
             {
                 "similarity": one.similarity,
-                "row": {**place(one.row), "text": _text(dialogue(one.row))},
-                "of": {**place(one.of), "text": _text(dialogue(one.of))},
+                "row": {**place(one.row), "text": text(one.row)},
+                "of": {**place(one.of), "text": text(one.of)},
             }
             for one in nearest
         ],

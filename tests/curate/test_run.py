@@ -111,6 +111,7 @@ def test_what_is_kept_can_be_read_again(tmp_path, faulty):
         masked = next(row for row in found if row["_index"] == 50)
         assert masked["messages"][1]["content"].endswith("Write to [EMAIL].") and len(found) == 55
         assert all("example.com" not in str(row) for row in found)
+        assert b"jane@" not in b"".join(file.read_bytes() for file in (tmp_path / "out").iterdir())
 
 
 def test_a_dry_run_writes_no_rows(tmp_path, faulty):
