@@ -120,27 +120,21 @@ def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def _times(text: str) -> dict[str, int]:
     """How often each computation runs when the program runs once; a loop of unknown length counts once."""
-    entry = ""
-    for line in text.splitlines():
-        if (start := _COMPUTATION.match(line)) and start[1]:
-            entry = start[2]
-    limits: dict[str, list[int]] = {}
-    called: dict[str, dict[str, int]] = {}
-    loops = []
-    for computation, _, _, operation, line in _instructions(text):
-        if constant := re.search(r"= s32\[\]\S* constant\((\d+)\)", line):
-            limits.setdefault(computation, []).append(int(constant[1]))
-        edges = called.setdefault(computation, {})
-        for names in _CALLED.findall(line):
-            for name in re.findall(r"[\w.\-]+", names):
-                edges.setdefault(name, 1)
-        if operation == "while":
-            loops.append((edges, line))
-    for edges, line in loops:
-        condition, body = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("condition", "body"))
-        known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        bounds = limits.get(condition, [])  # a scan's condition compares with its length, and with nothing else
-        edges[body] = int(known[1]) if known else bounds[0] if len(bounds) == 1 else 1
+    entry = next(start[2] for line in text.splitlines() if (start := _COMPUTATION.match(line)) and start[1])
+    lines: dict[str, dict[str, str]] = {}  # of each computation, by the instruction's name
+    for computation, name, _, _, line in _instructions(text):
+        lines.setdefault(computation, {})[name] = line
+    called: dict[str, dict[str, int]] = {computation: {} for computation in lines}
+    for computation, instructions in lines.items():
+        for line in instructions.values():
+            names = {name for group in _CALLED.findall(line) for name in re.findall(r"[\w.\-]+", group)}
+            for name in names:
+                called[computation].setdefault(name, 1)
+            if " while(" in line:
+                condition, body = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("condition", "body"))
+                known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                turns = int(known[1]) if known else _turns(lines.get(condition, {}), lines.get(body, {}))
+                called[computation][body] = turns
     times = {entry: 1}
     waiting = [entry]
     while waiting:
@@ -150,6 +144,27 @@ def _times(text: str) -> dict[str, int]:
                 times[name] = times[computation] * factor
                 waiting.append(name)
     return times
+
+
+def _turns(condition: dict[str, str], body: dict[str, str]) -> int:
+    """Turns of a loop that counts from 0 to a constant in constant steps, as a scan's or a windowed product's does."""
+    bounds = [found for line in condition.values() if (found := _constant(line)) is not None]
+    if len(bounds) != 1:
+        return 1
+    reads = (re.search(r" get-tuple-element\(.*\), index=(\d+)", line) for line in condition.values())
+    counter = next((found[1] for found in reads if found), None)
+    root = next((line for line in body.values() if line.lstrip().startswith("ROOT")), "")
+    operands = re.findall(r"%[\w.\-]+", root.split(" tuple(")[-1].split(")")[0])
+    step = 1
+    if counter is not None and int(counter) < len(operands):
+        added = re.search(r" add\(%?[\w.\-]+, %?([\w.\-]+)\)", body.get(operands[int(counter)][1:], ""))
+        step = _constant(body.get(added[1], "")) if added else 1
+    return -(-bounds[0] // (step or 1))
+
+
+def _constant(line: str) -> int | None:
+    found = re.search(r"= [su]32\[\]\S* constant\((\d+)\)", line)
+    return int(found[1]) if found else None
 
 
 def _group(line: str, devices: int) -> int:

@@ -153,8 +153,22 @@ TEXT = """
   ROOT %lt = pred[] compare(%i, %constant.1), direction=LT
 }
 
+%windowed_body (s: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %collective-permute-start = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%a), channel_id=7
+  %next = u32[]{:T(128)} add(%i, %two)
+  ROOT %tuple = (f32[4]{0}, u32[]) tuple(%b, %next)
+}
+
+%windowed_condition (s: (f32[4], u32[])) -> pred[] {
+  %constant.2 = u32[]{:T(128)} constant(8)
+  %i = u32[]{:T(128)} get-tuple-element(%s), index=1
+  ROOT %lt = pred[] compare(%i, %constant.2), direction=LT
+}
+
 ENTRY %main (p: f32[2,16]) -> f32[] {
   %while.1 = (s32[], f32[2,16]{1,0}) while(%t), condition=%condition, body=%body
+  %while.2 = (f32[4], u32[]) while(%u), condition=%windowed_condition, body=%windowed_body
   %splash_mha_fwd.3 = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call"
   %all-reduce.2 = (f32[16]{0}, f32[4]{0}) all-reduce(%x, %y), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%add
   ROOT %all-reduce.3 = f32[] all-reduce(%z), replica_groups={{0}}, to_apply=%add
@@ -164,7 +178,8 @@ ENTRY %main (p: f32[2,16]) -> f32[] {
 
 def test_collectives_count_once_a_channel_and_once_a_turn():
     found = {(one.kind, one.times): one for one in hlo.collectives(TEXT, 8)}
-    assert set(found) == {("all-gather", 32), ("reduce-scatter", 32), ("all-reduce", 1)}
+    assert set(found) == {("all-gather", 32), ("reduce-scatter", 32), ("all-reduce", 1), ("collective-permute", 4)}
+    assert found["collective-permute", 4].received == 4 * 4 * 4
     gather, scatter = found["all-gather", 32], found["reduce-scatter", 32]
     assert (gather.arrays, gather.devices) == ((("bf16", (8, 16)),), 4)
     assert gather.received == 8 * 16 * 2 * 3 / 4 * 32

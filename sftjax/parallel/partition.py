@@ -101,7 +101,7 @@ def gather(weight: jax.Array, path: str, mesh: Mesh) -> jax.Array:
     """A layer's weight as it is used, so that the compiler gathers weights, never activations.
 
     Its gradient is cut again where it arises. A constraint alone would ask for the gradient whole: every device would
-    receive the sum of all of it, twice the bytes of the part that it keeps (compiled for v5e:4x4: 1,205 against 557 GB
+    receive the sum of all of it, twice the bytes of the part that it keeps (compiled for v5e:4x4: 1,205 against 868 GB
     a step of Llama-2-7B).
     """
     used, kept = gathered_spec(path, weight.shape, mesh), param_spec(path, weight.shape, mesh)
