@@ -27,14 +27,23 @@ def parse_flags(argv):
         raise ConfigError(str(error).replace("\n", " ")) from error
 
 
+def read_config() -> dict:
+    if _CONFIG.value is None:
+        raise ConfigError("give --config=configs/curate/default.py")
+    try:
+        return _CONFIG.value.to_dict()
+    except Exception as error:  # whatever the file's own code raises; one that isn't there raises here too
+        reason = next(line.strip() for line in [*str(error).splitlines()[::-1], type(error).__name__] if line.strip())
+        raise ConfigError(f"--config={flags.FLAGS['config'].config_filename}: {reason}") from error
+
+
 def main(argv) -> int:
     if len(argv) > 1:
         raise ConfigError(f"unexpected argument {argv[1]!r}: fields are set as --config.output=curated")
-    if _CONFIG.value is None:
-        raise ConfigError("give --config=configs/curate/default.py")
+    config = read_config()
     from sftjax.curate import run, settings
 
-    chosen = settings.from_mapping(_CONFIG.value.to_dict())
+    chosen = settings.from_mapping(config)
     found = run.curate(chosen, dry_run=_DRY_RUN.value, say=lambda line: print(line, file=sys.stderr, flush=True))
     for line in run.summary_lines(found):
         print(line)

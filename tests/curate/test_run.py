@@ -247,6 +247,7 @@ def test_the_tool_tells_what_is_wrong_in_one_line(tmp_path):
         ([out, f"--config.sources={path}", "--config.near.mode=maybe"], 78, "near.mode='maybe'"),
         ([out, f"--config.sources={tmp_path}/none.jsonl"], 74, "no such file"),
         ([out, f"--config.sources={path}", "--config.quality.tresh=1"], 78, "tresh"),
+        ([f"--config={tmp_path}/none.py"], 78, "none.py"),
     ):
         done = tool(*arguments)
         assert done.returncode == code and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
