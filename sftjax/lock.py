@@ -81,13 +81,16 @@ class FolderLock:
             if locks is False:
                 owner = _read_json(self._path)
                 self._close()
+                if self._is_dead(owner):  # a worker it had just forked is about to drop what it inherited
+                    time.sleep(0.05)
+                    continue
                 raise self._refusal(owner)
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self._path).st_ino == os.fstat(self._handle).st_ino:
                     break
             self._close()  # its holder removed it between our opening and locking: look again
         else:
-            raise StorageError(f"{self._path}: can't get hold of the lock; try again")
+            raise self._refusal(_read_json(self._path))
         # A worker process forked later would inherit the lock and keep it beyond our death.
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: (lock := reference()) and lock._close())
@@ -116,6 +119,9 @@ class FolderLock:
             self._close()
             raise self._refusal(owner)
         self.recovered = f"took over the lock of process {owner.get('pid')} on {owner.get('host')}, which is gone"
+
+    def _is_dead(self, owner: dict[str, Any]) -> bool:
+        return owner.get("host") == self._owner["host"] and not _alive(owner.get("pid"))
 
     def _age(self) -> float:
         """Seconds since the last heartbeat by the file system's own clock, whatever this host's says."""

@@ -135,7 +135,7 @@ def contract(a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...
     the sum inside is float32 anyway."""
     dims = ((a_axes, b_axes), ((), ()))
     precision = precision_for(a.dtype)
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
+    return cpu.dot_general(a, b, dims, precision, dtype)
 
 
 def precision_for(dtype: jnp.dtype) -> jax.lax.Precision:

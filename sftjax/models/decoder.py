@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from sftjax.kernels.attention import make_info
 from sftjax.kernels.cross_entropy import cross_entropy
+from sftjax.kernels.linear import forward_product
 from sftjax.models import layers, moe, ops
 from sftjax.models.config import LayerSpec, ModelConfig, layer_plan
 from sftjax.models.layers import BATCH, Runtime
@@ -83,14 +84,7 @@ def hidden_states(
 def logits(config: ModelConfig, runtime: Runtime, variables: Variables, hidden: Array) -> Array:
     """Float32 `[..., V]`, scaled and capped as the model has it; rows that only pad the table get -inf."""
     weight = head_weight(config, variables)
-    # float32 sums without a float32 copy of the head
-    flat = jax.lax.dot_general(
-        hidden,
-        weight.astype(hidden.dtype),
-        (((hidden.ndim - 1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+    flat = forward_product(hidden, weight.astype(hidden.dtype), jnp.float32)
     flat = ops.soft_cap(flat * config.logit_scale, config.final_soft_cap)
     if config.valid_vocab is not None:
         column = jnp.arange(flat.shape[-1]).reshape((1,) * (flat.ndim - 1) + (-1,))

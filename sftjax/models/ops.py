@@ -6,12 +6,14 @@ Norms, rotary angles and softmax are float32 whatever the arrays' dtype.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sftjax.kernels import cpu
 from sftjax.models.config import Rope, RopeScaling
 
 Array = jax.Array
@@ -19,9 +21,25 @@ Array = jax.Array
 
 def rms_norm(x: Array, weight: Array, eps: float, plus_one: bool = False) -> Array:
     """x / rms(x) * weight over the last axis (arXiv:1910.07467); `plus_one`: the weight is stored minus 1."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * _last_axis(_scale(weight, plus_one), x.ndim)).astype(x.dtype)
+    if x.dtype == jnp.float32:
+        return _exact_rms_norm(x, weight.astype(jnp.float32), eps, plus_one)
+    return _rms_norm(x.astype(jnp.float32), weight, eps, plus_one).astype(x.dtype)
+
+
+def _rms_norm(x: Array, weight: Array, eps: float, plus_one: bool) -> Array:
+    normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return normed * _last_axis(_scale(weight, plus_one), x.ndim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _exact_rms_norm(x: Array, weight: Array, eps: float, plus_one: bool) -> Array:
+    return cpu.in_float64(lambda x, weight: _rms_norm(x, weight, eps, plus_one), x, weight)
+
+
+_exact_rms_norm.defvjp(
+    lambda x, weight, eps, plus_one: (_exact_rms_norm(x, weight, eps, plus_one), (x, weight)),
+    lambda eps, plus_one, saved, dy: jax.vjp(lambda *args: _rms_norm(*args, eps, plus_one), *saved)[1](dy),
+)
 
 
 def layer_norm(x: Array, weight: Array, eps: float, plus_one: bool = False) -> Array:

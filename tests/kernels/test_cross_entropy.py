@@ -123,11 +123,10 @@ def test_a_frozen_head_costs_no_gradient():
     def loss(h, w):
         return cross_entropy(h, w, targets, weights)[0]
 
-    def count(argnums):
-        return str(jax.make_jaxpr(jax.grad(loss, argnums))(hidden, weight)).count("= dot_general")
+    def count(function):
+        return jax.jit(function).lower(hidden, weight).compile().as_text().count(" dot(")
 
-    assert count((0, 1)) == 3 and count(0) == 2
-    assert str(jax.make_jaxpr(loss)(hidden, weight)).count("= dot_general") == 1
+    assert count(jax.grad(loss, (0, 1))) == 3 and count(jax.grad(loss, 0)) == 2 and count(loss) == 1
 
 
 def test_logits_never_exist_whole():
