@@ -60,7 +60,7 @@ def written_whole(path: str) -> Iterator[BinaryIO]:
     part = f"{path}.part"
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        file = open(part, "wb")
+        file = open(part, "wb")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise StorageError(f"{path}: can't be written ({error.strerror}); choose another --out") from error
     try:

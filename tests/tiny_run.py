@@ -17,7 +17,7 @@ from sftjax.weights import export
 from tests.data import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "the a red blue small cat dog sees likes finds old new tree house river and then of with under".split()
+WORDS = "the a red blue small cat dog sees likes finds old new tree house river and then of with under".split()  # noqa: SIM905
 
 
 def model(folder: Path, **changes) -> Path:

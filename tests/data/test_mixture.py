@@ -6,10 +6,10 @@ import pickle
 from collections import Counter
 
 import pytest
-from tests.data.pipe_toys import toy
 
 from sftjax.data.mixture import ENDLESS, Mixture
 from sftjax.errors import ConfigError, DataError
+from tests.data.pipe_toys import toy
 
 
 def rows(n, **more):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.data.pipe_toys import lognormal_rows, toy
 
 from sftjax.data import packing
 from sftjax.data.ledger import Ledger
@@ -13,6 +12,7 @@ from sftjax.data.packing import fit_to_length
 from sftjax.data.pipeline import build
 from sftjax.data.types import Sample
 from sftjax.errors import ConfigError, DataError
+from tests.data.pipe_toys import lognormal_rows, toy
 
 a, b, c, d, e = 11, 12, 13, 14, 15
 

@@ -12,16 +12,16 @@ import time
 
 import numpy as np
 import pytest
+
+from sftjax.data.mixture import Mixture
+from sftjax.data.pipeline import build, build_eval, sum_per_example
+from sftjax.errors import ConfigError, DataError
 from tests.data.pipe_toys import (
     encode_and_die_once,
     encode_unless_jax_started,
     lognormal_rows,
     toy,
 )
-
-from sftjax.data.mixture import Mixture
-from sftjax.data.pipeline import build, build_eval, sum_per_example
-from sftjax.errors import ConfigError, DataError
 
 HERE = os.path.dirname(__file__)
 

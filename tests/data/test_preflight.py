@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.data.pipe_toys import Rows, encode, lognormal_rows, toy
 from rich.console import Console
 
 from sftjax.data import preflight
@@ -18,6 +17,7 @@ from sftjax.data.pipeline import build
 from sftjax.data.subsets import Subset, first_rows, hold_out
 from sftjax.data.types import Sample
 from sftjax.errors import ConfigError, DataError
+from tests.data.pipe_toys import Rows, encode, lognormal_rows, toy
 
 TOKENIZER = SimpleNamespace(stop_ids=(7,), bos_id=1)
 

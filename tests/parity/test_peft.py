@@ -13,7 +13,6 @@ pytestmark = pytest.mark.parity
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from tests.parity import tiny_models as tiny  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 from sftjax import optim, tree  # noqa: E402
@@ -21,6 +20,7 @@ from sftjax.models import decoder  # noqa: E402
 from sftjax.peft import lora, merge  # noqa: E402
 from sftjax.peft.spec import AdapterSpec  # noqa: E402
 from sftjax.weights import hf, peft_format  # noqa: E402
+from tests.parity import tiny_models as tiny  # noqa: E402
 
 VARIANTS = {
     "lora": dict(),
