@@ -68,7 +68,8 @@ def peer_trl(
 ) -> dict[str, Any]:
     """The same with TRL and PEFT, in the Python that has them."""
     line = [python, str(ROOT / "tests" / "parity" / "peer_trl.py"), "--model", model, "--data", data]
-    line += ["--method", method, "--max_length", str(max_length), "--batch_size", str(batch_size), "--steps", str(steps)]
+    line += ["--method", method, "--max_length", str(max_length)]
+    line += ["--batch_size", str(batch_size), "--steps", str(steps)]
     line += ["--packing"] * packing + ["--float32"] * (dtype == "float32")
     output, peak = run(line)
     result = json.loads(output.strip().splitlines()[-1])

@@ -35,7 +35,7 @@ class Evaluation:
         return _ratio(self.nll.sum(), self.weight.sum())
 
     def metrics(self) -> dict[str, float]:
-        """`eval_loss`, `eval_perplexity`, `eval_mean_token_accuracy`; the loss of each source where there are several."""
+        """`eval_loss`, `eval_perplexity`, `eval_mean_token_accuracy`; the loss of each of several sources."""
         result = {
             "eval_loss": self.loss,
             "eval_perplexity": math.exp(min(self.loss, 700.0)),
