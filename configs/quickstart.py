@@ -28,4 +28,5 @@ def get_config(arg: str = ""):
     config.mesh.fsdp = 1
     config.eval.eval_steps = 30
     config.export.merge = True
+    config.export.dtype = "float32"  # the export then answers as the model in memory did
     return config

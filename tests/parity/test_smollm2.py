@@ -1,8 +1,9 @@
-"""The real SmolLM2-135M-Instruct against transformers, torch and peft: logits, scores of conversations, five steps.
+"""The real SmolLM2-135M-Instruct against transformers, torch and peft: logits, scores, training steps, answers.
 
 Needs the model and the conversations of the quickstart (`bash tools/quickstart.sh --setup_only`).
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -13,12 +14,13 @@ import pytest
 from sftjax import loading, optim, program
 from sftjax.data.encode import RowEncoder
 from sftjax.data.sources import open_source
+from sftjax.generate.sample import Generator
 from sftjax.models import decoder
 from sftjax.parallel import mesh as meshes
-from sftjax.peft import lora
+from sftjax.peft import lora, merge
 from sftjax.peft.spec import AdapterSpec
 from sftjax.score import score_samples
-from sftjax.weights import peft_format
+from sftjax.weights import export, hf, peft_format
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".cache" / "quickstart"
@@ -28,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not (MODEL.exists() and DATA.exists()), reason="run tools/quickstart.sh --setup_only first"),
 ]
 STEPS, LENGTH, LEARNING_RATE = 5, 256, 1e-4
+PROMPTS, NEW_TOKENS, MARGIN = 6, 40, 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +131,6 @@ def test_five_steps_follow_torch(torch, ours, theirs, samples, tmp_path, method)
 
 
 def _cut(sample):
-    import dataclasses
-
     return dataclasses.replace(sample, tokens=sample.tokens[:LENGTH], weights=sample.weights[:LENGTH])
 
 
@@ -144,3 +145,51 @@ def _arrays(batch):
         weights[0, row, : size - 1] = sample.weights[1:]
         segments[0, row, :size] = 1
     return {**rows, "weights": weights, "segment_ids": segments}
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_exports_answer_as_before_the_export(torch, ours, samples, tmp_path, form):
+    from transformers import AutoModelForCausalLM
+
+    spec = AdapterSpec(method="lora", rank=8, alpha=16)
+    adapter = lora.init(jax.random.key(1), ours.variables["params"], spec)
+    leaves, structure = jax.tree.flatten_with_path(adapter)
+    noisy = [
+        0.02 * jax.random.normal(jax.random.key(i), leaf.shape) if path[-1].key == "lora_B" else leaf
+        for i, (path, leaf) in enumerate(leaves)
+    ]
+    adapter = jax.tree.unflatten(structure, noisy)
+    variables = {"params": ours.variables["params"], "adapter": adapter}
+    prompts = [sample.tokens[: 30 + 5 * number].tolist() for number, sample in enumerate(samples[:PROMPTS])]
+    before = Generator(ours.config, ours.runtime, variables, ours.tokenizer).generate(
+        prompts, max_new_tokens=NEW_TOKENS
+    )
+
+    if form == "adapter":
+        from peft import PeftModel
+
+        peft_format.save_adapter(tmp_path, adapter, spec, ours.config, base_model=str(MODEL))
+        base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        theirs = PeftModel.from_pretrained(base, tmp_path)
+    else:
+        params = merge.merge(variables["params"], adapter, dtype=jnp.float32)
+        export.export_model(
+            tmp_path, ours.config, params, dtype="float32", source=hf.open_model(str(MODEL)), tokenizer=ours.tokenizer
+        )
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    changed = 0
+    for prompt, output in zip(prompts, before, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        found = theirs.generate(ids, return_dict_in_generate=True, output_logits=True, **options)
+        answer, expected = list(output.tokens), found.sequences[0, len(prompt) :].tolist()
+        for place, (got, want) in enumerate(zip(answer, expected, strict=False)):
+            if got != want:  # only where the reference itself could go either way
+                top = found.logits[place][0].topk(2).values
+                assert top[0] - top[1] < MARGIN
+                break
+        else:
+            assert len(answer) == len(expected)
+        changed += answer != plain.generate(ids, **options)[0, len(prompt) :].tolist()
+    assert changed  # or the adapter would not have been seen
