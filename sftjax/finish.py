@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sftjax import loading, report, tree
 from sftjax.checkpoint import Checkpointer
@@ -155,7 +157,8 @@ def compare_logits(job, expected, reloaded) -> dict[str, Any]:
     tokens = verification_tokens(job)
     runtime = job.program.runtime.replace(compute_dtype="float32", remat="none")
 
-    @jax.jit
+    # Replicated, so that each of several processes holds all of them.
+    @functools.partial(jax.jit, out_shardings=NamedSharding(job.program.mesh, PartitionSpec()))
     def logits(variables):
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         ones = jnp.ones_like(tokens)

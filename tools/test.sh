@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 usage() {
   cat << 'TEXT'
-Usage: bash tools/test.sh [--python 3.12] [--slow | --parity] [--setup_only] [pytest's arguments ...]
+Usage: bash tools/test.sh [--python 3.12] [--slow] [--parity] [--setup_only] [pytest's arguments ...]
 
 Makes a virtual environment, installs the project with what its tests need, and runs them. On the CPU, without torch.
   --python VERSION   that Python instead of the newest that works
@@ -17,22 +17,24 @@ Other arguments go to pytest:  bash tools/test.sh tests/data -k packing -x
 TEXT
 }
 
-python_wanted="" select="not slow and not parity" parity="" setup_only="" rest=()
+python_wanted="" slow=" and not slow" parity="" setup_only="" rest=()
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage && exit 0 ;;
     --python) [ $# -ge 2 ] || fail "--python needs a version, as in --python 3.12"
       python_wanted=$2 && shift ;;
     --python=*) python_wanted=${1#*=} ;;
-    --slow) select="not parity" ;;
-    --parity) select="parity" parity=yes ;;
+    --slow) slow="" ;;
+    --parity) parity=yes ;;
     --setup_only) setup_only=yes ;;
     *) rest+=("$1") ;;
   esac
   shift
 done
 
+select="not parity$slow"
 if [ -n "$parity" ]; then
+  select="parity$slow"
   # The pinned torch has the smallest build for 3.11; where there is no 3.11, any other will do.
   [ -n "$python_wanted" ] || ! find_python 3.11 || python_wanted=3.11
   require_python "$python_wanted"

@@ -55,7 +55,7 @@ def theirs(torch):
 def samples(ours):
     source, encoder = open_source({"path": str(DATA)}), RowEncoder(ours.tokenizer)
     made = [sample for row in range(len(source)) for sample in encoder(source[row], row)]
-    return [sample for sample in made if len(sample.tokens) <= 800][:50]
+    return [sample for sample in made if len(sample.tokens) <= 400][:50]
 
 
 def test_logits_agree(torch, ours, theirs, samples):
@@ -79,8 +79,9 @@ def token_loss(torch, model, sample):
     return (losses * torch.tensor(sample.weights[1:])).sum()
 
 
+@pytest.mark.slow
 def test_scores_of_fifty_conversations_agree(torch, ours, theirs, samples):
-    assert len(samples) == 50 and sum(np.count_nonzero(s.weights) for s in samples) > 5000
+    assert len(samples) == 50 and sum(np.count_nonzero(s.weights) for s in samples) > 4000
     scores = dict(score_samples(ours.config, ours.runtime, ours.variables, samples))
     for number, sample in enumerate(samples):
         with torch.no_grad():
@@ -88,6 +89,7 @@ def test_scores_of_fifty_conversations_agree(torch, ours, theirs, samples):
         assert scores[number]["nll"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_five_steps_follow_torch(torch, ours, theirs, samples, tmp_path, method):
     batches = [samples[2 * step : 2 * step + 2] for step in range(STEPS)]
@@ -147,6 +149,7 @@ def _arrays(batch):
     return {**rows, "weights": weights, "segment_ids": segments}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_exports_answer_as_before_the_export(torch, ours, samples, tmp_path, form):
     from transformers import AutoModelForCausalLM
