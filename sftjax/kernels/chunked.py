@@ -193,8 +193,7 @@ def _bias(options, ids, rows: slice, columns: slice, *, keys_first: bool):
 def _product(options, a, b, b_axis: int):
     """`a[G, m, k]` times `b` (`[G, n, k]` for `b_axis` 2, `[G, k, n]` for 1) as float32 `[G, m, n]`."""
     dims = (((2,), (b_axis,)), ((0,), (0,)))
-    y = jax.lax.dot_general(a, b, dims, precision=precision_for(a.dtype), preferred_element_type=jnp.float32)
-    return _row_major(options, y)
+    return _row_major(options, cpu.dot_general(a, b, dims, precision_for(a.dtype), jnp.float32))
 
 
 def _one_after_the_other(options, *arrays):

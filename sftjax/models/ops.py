@@ -36,9 +36,15 @@ def _exact_rms_norm(x: Array, weight: Array, eps: float, plus_one: bool) -> Arra
     return cpu.in_float64(lambda x, weight: _rms_norm(x, weight, eps, plus_one), x, weight)
 
 
+def _exact_backward(eps: float, plus_one: bool, saved: tuple[Array, Array], dy: Array) -> tuple[Array, ...]:
+    def gradient(number, x, weight, dy):
+        return jax.vjp(lambda *args: _rms_norm(*args, eps, plus_one), x, weight)[1](dy)[number]
+
+    return tuple(cpu.in_float64(functools.partial(gradient, number), *saved, dy) for number in (0, 1))
+
+
 _exact_rms_norm.defvjp(
-    lambda x, weight, eps, plus_one: (_exact_rms_norm(x, weight, eps, plus_one), (x, weight)),
-    lambda eps, plus_one, saved, dy: jax.vjp(lambda *args: _rms_norm(*args, eps, plus_one), *saved)[1](dy),
+    lambda x, weight, eps, plus_one: (_exact_rms_norm(x, weight, eps, plus_one), (x, weight)), _exact_backward
 )
 
 
@@ -264,7 +270,7 @@ def cached_attention(
 
 
 def _scale(weight: Array, plus_one: bool) -> Array:
-    weight = weight.astype(jnp.float32)
+    weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
     return weight + 1 if plus_one else weight
 
 
