@@ -27,6 +27,7 @@ FOLDER = ROOT / ".cache" / "quickstart"
 MODEL, DATA = FOLDER / "SmolLM2-135M-Instruct", FOLDER / "chitchat" / "held_out.jsonl"
 pytestmark = [
     pytest.mark.parity,
+    pytest.mark.slow,
     pytest.mark.skipif(not (MODEL.exists() and DATA.exists()), reason="run tools/quickstart.sh --setup_only first"),
 ]
 STEPS, LENGTH, LEARNING_RATE = 5, 256, 1e-4
@@ -79,7 +80,6 @@ def token_loss(torch, model, sample):
     return (losses * torch.tensor(sample.weights[1:])).sum()
 
 
-@pytest.mark.slow
 def test_scores_of_fifty_conversations_agree(torch, ours, theirs, samples):
     assert len(samples) == 50 and sum(np.count_nonzero(s.weights) for s in samples) > 4000
     scores = dict(score_samples(ours.config, ours.runtime, ours.variables, samples))
@@ -89,7 +89,6 @@ def test_scores_of_fifty_conversations_agree(torch, ours, theirs, samples):
         assert scores[number]["nll"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_five_steps_follow_torch(torch, ours, theirs, samples, tmp_path, method):
     batches = [samples[2 * step : 2 * step + 2] for step in range(STEPS)]
@@ -149,7 +148,6 @@ def _arrays(batch):
     return {**rows, "weights": weights, "segment_ids": segments}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_exports_answer_as_before_the_export(torch, ours, samples, tmp_path, form):
     from transformers import AutoModelForCausalLM
