@@ -31,7 +31,8 @@ LAYERS = [
     {"tree"},
 ]
 EVERYBODY = {"errors"}
-WINGS = {"data": set(), "curate": {"data"}}  # each with the wings it may use beside numpy, Grain and the tokenizer
+# each with the wings it may use beside numpy, Grain and the tokenizer
+WINGS = {"data": set(), "curate": {"data"}, "scorers": {"data", "curate"}}
 USE_WINGS = set().union(*LAYERS[:6])
 # the others take plain arguments
 USE_CONFIG = {"main", "train", "job", "plan", "plan_search", "plan_scaling", "bench", "finish", "doctor", "convert"}
@@ -115,8 +116,8 @@ def test_the_rule_itself_refuses_what_it_should():
     assert "no place in LAYERS" in why_not("newcomer", "tree")
 
 
-@pytest.mark.parametrize("path", sources("sftjax/data", "sftjax/curate"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_data_wing_knows_no_jax(path):
+@pytest.mark.parametrize("path", sources(*(f"sftjax/{wing}" for wing in WINGS)), ids=lambda path: path.stem)
+def test_the_wings_know_no_jax(path):
     """Worker processes would start a backend of their own, and on an accelerator find it taken."""
     roots = {name.split(".")[0] for name in imported(parse(path))}
     assert not roots & {"jax", "jaxlib", "flax", "optax", "orbax"}
