@@ -55,12 +55,25 @@ def cache_length(state: State) -> int:
     return jax.tree.leaves(state["cache"])[0].shape[3]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def grow(length: int, state: State) -> State:
-    """The same state with room for `length` positions."""
-    missing = length - cache_length(state)
-    cache = jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, 0)] * 3 + [(0, missing), (0, 0)]), state["cache"])
-    return state | {"cache": cache}
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def resize(runtime: Runtime, length: int, state: State, picks: Array) -> State:
+    """The same answers in other slots, with room for `length` positions.
+
+        slots  a . b .    picks [0, 2]             a b
+        slots  a b        picks [0, 1, -1, -1]     a b . .
+
+    Args:
+      picks: i32 `[B']`, the slot that each of the new ones continues; -1: none, it rests.
+    """
+    source = jnp.maximum(picks, 0)
+
+    def move(leaf: Array) -> Array:
+        leaf = leaf[:, source, :, : min(length, leaf.shape[3])]
+        return jnp.pad(leaf, [(0, 0)] * 3 + [(0, length - leaf.shape[3]), (0, 0)])
+
+    cache = _place_cache(runtime, jax.tree.map(move, state["cache"]))
+    moved = jax.tree.map(lambda leaf: leaf[source], {name: state[name] for name in state if name != "cache"})
+    return moved | {"cache": cache, "left": jnp.where(picks < 0, 0, moved["left"])}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -95,11 +108,11 @@ def insert(config: ModelConfig, needs: sampling.Needs, state: State, cache, logi
         penalties "seen" bool `[M, V]`.
 
     Returns:
-      the state; and of each new row its first token i32 and its log-probability f32 `[M]`.
+      the state; and what each new row starts with, see `advance`, leaves `[M, 1]` and `[M, 1, TOP]`.
     """
     slot = rows["slot"]
-    keys = _step_keys(rows["key"], rows["length"])
-    token, logprob = sampling.choose(logits_NxV[rows["row"]], rows["seen"], rows["settings"], keys, needs)
+    chosen = _choose(logits_NxV[rows["row"]], rows, _step_keys(rows["key"], rows["length"]), needs)
+    token = chosen["token"]
 
     def write(old: Array, new: Array) -> Array:
         return old.at[slot].set(new.astype(old.dtype) if old.dtype != new.dtype else new, mode="drop")
@@ -119,7 +132,7 @@ def insert(config: ModelConfig, needs: sampling.Needs, state: State, cache, logi
     if needs.penalty:
         seen = rows["seen"].at[jnp.arange(len(slot)), token].set(True)
         state["seen"] = state["seen"].at[slot].set(seen, mode="drop")
-    return state, token, logprob
+    return state, jax.tree.map(lambda leaf: leaf[:, None], chosen)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
@@ -140,7 +153,8 @@ def advance(
       resting: bool `[B]`: slots that the host has freed.
 
     Returns:
-      the state; tokens i32 and log-probabilities f32 `[B, steps]`; and how many of them each slot gave, `[B]`.
+      the state; `{"token": i32 [B, steps], "logprob": f32 [B, steps]}`, and where `needs.top` also "top_token" and
+      "top_logprob" `[B, steps, TOP]`; and how many of these each slot gave, `[B]`.
     """
     slots = state["token"].shape[0]
     state = state | {"left": jnp.where(resting, 0, state["left"])}
@@ -150,7 +164,7 @@ def advance(
         return (step < steps) & jnp.any(state["left"] > 0)
 
     def one_step(carry):
-        step, state, tokens, logprobs, given = carry
+        step, state, drawn, given = carry
         active = state["left"] > 0
         # resting slots write past the cache's end, that is, nowhere
         at = jnp.where(active, state["position"], cache_length(state))
@@ -165,8 +179,8 @@ def advance(
         )
         logits = decoder.logits(config, runtime, variables, hidden[:, 0])
         keys = _step_keys(state["key"], state["position"] + 1)
-        token, logprob = sampling.choose(logits, state["seen"], state["settings"], keys, needs)
-        token = jnp.where(active, token, state["token"])
+        chosen = _choose(logits, state, keys, needs)
+        token = jnp.where(active, chosen["token"], state["token"])
         stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1)
         state = state | {
             "cache": cache,
@@ -176,14 +190,25 @@ def advance(
         }
         if needs.penalty:
             state["seen"] = state["seen"].at[jnp.arange(slots), token].max(active)
-        tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, step, 1)
-        logprobs = jax.lax.dynamic_update_index_in_dim(logprobs, logprob, step, 1)
-        return step + 1, state, tokens, logprobs, given + active
+        drawn = {name: jax.lax.dynamic_update_index_in_dim(drawn[name], leaf, step, 1) for name, leaf in chosen.items()}
+        return step + 1, state, drawn, given + active
 
-    empty = (jnp.zeros((slots, steps), jnp.int32), jnp.zeros((slots, steps), jnp.float32), jnp.zeros(slots, jnp.int32))
-    _, state, tokens, logprobs, given = jax.lax.while_loop(unfinished, one_step, (0, state, *empty))
-    everywhere = [runtime.constrain(part, *[None] * part.ndim) for part in (tokens, logprobs, given)]
-    return state, *everywhere
+    empty = {"token": jnp.zeros((slots, steps), jnp.int32), "logprob": jnp.zeros((slots, steps), jnp.float32)}
+    if needs.top:
+        shape = (slots, steps, min(sampling.TOP, config.vocab_size))
+        empty |= {"top_token": jnp.zeros(shape, jnp.int32), "top_logprob": jnp.zeros(shape, jnp.float32)}
+    carry = (0, state, empty, jnp.zeros(slots, jnp.int32))
+    _, state, drawn, given = jax.lax.while_loop(unfinished, one_step, carry)
+    drawn, given = jax.tree.map(lambda part: runtime.constrain(part, *[None] * part.ndim), (drawn, given))
+    return state, drawn, given
+
+
+def _choose(logits: Array, rows: dict[str, Any], keys: Array, needs: sampling.Needs) -> dict[str, Array]:
+    token, logprob = sampling.choose(logits, rows["seen"], rows["settings"], keys, needs)
+    chosen = {"token": token, "logprob": logprob}
+    if needs.top:
+        chosen["top_token"], chosen["top_logprob"] = sampling.likeliest(logits)
+    return chosen
 
 
 def _step_keys(keys: Array, lengths: Array) -> Array:
@@ -195,4 +220,4 @@ def _place_cache(runtime: Runtime, cache):
     return jax.tree.map(lambda leaf: runtime.constrain(leaf, None, BATCH, "tensor", None, None), cache)
 
 
-__all__ = ["advance", "cache_length", "grow", "insert", "new_state", "prefill"]
+__all__ = ["advance", "cache_length", "insert", "new_state", "prefill", "resize"]

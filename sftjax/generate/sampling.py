@@ -18,6 +18,7 @@ from sftjax.errors import ConfigError
 
 Array = jax.Array
 _CANDIDATES = 128  # the filters look at so many of the largest first; they seldom reach further
+TOP = 20  # alternatives that a token can have reported beside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +51,24 @@ class Sampling:
 class Needs:
     """What a batch's rows ask for, all together; static."""
 
-    draw: bool  # not all greedy
-    filters: bool
-    penalty: bool
+    draw: bool = False  # not all greedy
+    filters: bool = False
+    penalty: bool = False
+    top: bool = False  # the likeliest tokens are reported
 
     @classmethod
-    def of(cls, settings: list[Sampling]) -> Needs:
+    def of(cls, settings: list[Sampling], *, top: bool = False) -> Needs:
         drawn = [each for each in settings if each.temperature > 0]
         return cls(
             draw=bool(drawn),
             filters=any(each.top_k or each.top_p < 1 or each.min_p for each in drawn),
             penalty=any(each.repetition_penalty != 1 for each in settings),
+            top=top,
         )
+
+    def __or__(self, other: Needs) -> Needs:
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Needs(*(one or two for one, two in zip(mine, others, strict=True)))
 
 
 def choose(
@@ -87,10 +94,22 @@ def choose(
         warm = settings["temperature"]
         scaled = logits / jnp.where(warm > 0, warm, 1.0)[:, None]
         uniform = jax.vmap(jax.random.uniform)(keys)
-        drawn = _draw_filtered(scaled, settings, uniform) if needs.filters else _draw(scaled, uniform)
+        drawn = _draw(scaled, uniform)
+        if needs.filters:  # rows without filters draw as they do alone
+            drawn = jnp.where(_filtered(settings), _draw_filtered(scaled, settings, uniform), drawn)
         chosen = jnp.where(warm > 0, drawn, chosen)
     picked = jnp.take_along_axis(raw, chosen[:, None], axis=-1)[:, 0]
     return chosen, picked - jax.nn.logsumexp(raw, axis=-1)
+
+
+def likeliest(logits: Array) -> tuple[Array, Array]:
+    """The TOP likeliest tokens under the model itself: ids i32 and log-probabilities f32 `[B, TOP]`, descending."""
+    values, tokens = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))
+    return tokens.astype(jnp.int32), values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _filtered(settings: dict[str, Array]) -> Array:
+    return (settings["top_k"] > 0) | (settings["top_p"] < 1) | (settings["min_p"] > 0)
 
 
 def _argmax(logits: Array) -> Array:
@@ -115,9 +134,9 @@ def _draw_filtered(logits: Array, settings: dict[str, Array], uniform: Array) ->
     reached = jnp.sum(jnp.exp(values - top[:, None]), axis=-1) >= settings["top_p"]
     by_k = (settings["top_k"] > 0) & (settings["top_k"] <= few)
     by_min = values[:, -1] - values[:, 0] < jnp.log(settings["min_p"])
-    greedy = settings["temperature"] == 0
+    idle = (settings["temperature"] == 0) | ~_filtered(settings)  # what is drawn for them isn't used
     # top_p counts probability among those that top_k left, which is more than among all: `reached` is on the safe side
-    settled = by_k | (reached & (settings["top_p"] < 1) & (settings["top_k"] == 0)) | by_min | greedy
+    settled = by_k | (reached & (settings["top_p"] < 1) & (settings["top_k"] == 0)) | by_min | idle
 
     def among_few(_):
         return _invert_sorted(values, tokens, top, settings, uniform)
