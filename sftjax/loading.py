@@ -117,12 +117,20 @@ def load_model(
     abstract = {"params": decoder.abstract_params(opened.config, dtype)}
     shardings = partition.shardings(abstract, mesh)
     config, params = opened.config, hf.load_params(opened.files, opened.config, dtype, shardings["params"])
-    variables = {"params": params}
-    if adapter:
-        config, params, leaves = with_adapter(config, params, adapter)
-        placed = {"params": params, "adapter": leaves}
-        variables = jax.device_put(placed, partition.shardings(placed, mesh))
-    return Model(opened, config, decoder.Runtime(compute_dtype=dtype, remat="none", mesh=mesh), variables)
+    base = Model(opened, config, decoder.Runtime(compute_dtype=dtype, remat="none", mesh=mesh), {"params": params})
+    return _beside(base, opened, adapter) if adapter else base
+
+
+def load_adapter(base: Model, adapter: str) -> Model:
+    """A model with an adapter beside it. The weights are the same arrays, unless the vocabulary grows."""
+    return _beside(base, open_model(base.opened.files.path, adapter=adapter), adapter)
+
+
+def _beside(base: Model, opened: Opened, adapter: str) -> Model:
+    config, params, leaves = with_adapter(base.config, base.variables["params"], adapter)
+    placed = {"params": params, "adapter": leaves}
+    variables = jax.device_put(placed, partition.shardings(placed, base.runtime.mesh))
+    return Model(opened, config, base.runtime, variables)
 
 
 def load_base(

@@ -141,9 +141,12 @@ class Answer:
             piece, self.shown = self.text[self.shown : upto], upto
             self.on_text(piece)
 
-    def covering(self, characters: int) -> int:
-        """How many of the tokens it takes to write so many characters."""
-        count = len(self.written)
+    def told(self) -> int:
+        """How many tokens the text has: without stop token, what a stop string cut off, and what waits to be shown."""
+        if self.finish_reason == "length" or len(self.written) < len(self.tokens):
+            return len(self.written)
+        characters = len(self.text) if self.finish_reason else self.shown
+        count = len(self.tokens)
         while count and len(self.decode(self.tokens[: count - 1]).rstrip("\ufffd")) >= characters:
             count -= 1
         return count

@@ -143,8 +143,13 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
         return [int(number) for number in prompt]
     if tokenizer.renderer is None:
         return encode_prompt(tokenizer, "\n\n".join(str(message["content"]) for message in prompt))
-    hidden = [_hide(tokenizer, message) for message in prompt]
-    cover = tokenizer.renderer.render(hidden, generation=True)
+    return encode_conversation(tokenizer, prompt, generation=True)
+
+
+def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generation: bool) -> list[int]:
+    """Ids of a conversation through the chat template; with `generation`, up to where the next answer starts."""
+    hidden = [_hide(tokenizer, message) for message in messages]
+    cover = tokenizer.renderer.render(hidden, generation=generation)
     return [int(number) for number in tokenizer.encode_ids([tokenizer.unhide_control_tokens(cover)], [cover])[0]]
 
 

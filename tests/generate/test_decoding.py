@@ -79,10 +79,23 @@ def test_the_likeliest_are_reported(decoding, variables):  # noqa: F811
     assert TOP >= 20  # what the OpenAI protocol allows
 
 
-def test_text_covers_its_tokens():
-    text = answer(0)
-    text.tokens = [1, 2, 3, 4]
-    assert [text.covering(count) for count in (0, 1, 3, 4)] == [0, 1, 3, 4]
+def test_tokens_that_the_text_doesnt_have_arent_told():
+    def drawn(*tokens):
+        return {"token": np.array(tokens), "logprob": np.zeros(len(tokens))}
+
+    pieces = []
+    running = answer(0, stop=["CDE"], on_text=pieces.append)
+    running.add(drawn(1, 2, 3, 4))
+    assert pieces == ["AB"] and running.told() == 2  # C and D may be the beginning of the stop string
+    running.add(drawn(5, 6))
+    assert running.finish_reason == "stop" and running.text == "AB" and running.told() == 2
+    assert running.tokens == [1, 2, 3, 4, 5]
+    stopped = answer(0, stop_ids=(9,))
+    stopped.add(drawn(1, 2, 9, 3))
+    assert stopped.finish_reason == "stop" and stopped.text == "AB" and stopped.told() == 2
+    full = answer(0, limit=3)
+    full.add(drawn(1, 2, 9, 3))
+    assert full.finish_reason == "length" and full.told() == 3
 
 
 def test_whole_answers_have_the_models_distribution(variables):  # noqa: F811
