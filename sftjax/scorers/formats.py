@@ -15,7 +15,7 @@ from sftjax.scorers.rows import Row, field_of
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
 _LENGTH = re.compile(r"(\d*)-(\d*)\s*(words|chars|sentences)?")
 _SENTENCE_END = re.compile(r"""[.!?…。！？]+["'”’)\]]*(?=\s|$)""")
-_ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|e\.g|i\.e|No|Fig|Inc|Ltd|[A-Z])\.$")
+_ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|No|Fig|Inc|Ltd|[A-Z]|(?:[A-Za-z]\.)+[A-Za-z])\.$")
 
 
 def code_blocks(text: str) -> tuple[list[tuple[str, str]], bool]:

@@ -2,8 +2,8 @@
 
 asks                                       expects
 messages (all before the last answer)      the last assistant message
-prompt, question, instruction (+ input)    expected, answer, target, response, output, completion, canonical_solution
-(text or a list of messages)               (an entry of `answer` may be a list: any of them is right)
+prompt, question, instruction (+ input)    expected, answer, target, response, output, completion or
+(text, or a list of messages)              canonical_solution (text, or a list: any of them is right)
 """
 
 from __future__ import annotations
