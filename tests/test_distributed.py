@@ -76,7 +76,7 @@ WORKER = textwrap.dedent("""
     import jax, numpy as np
     from jax.experimental import multihost_utils
     assert jax.device_count() == 4
-    print(int(multihost_utils.process_allgather(np.int32(sys.argv[1])).sum()))
+    print("sum", int(multihost_utils.process_allgather(np.int32(sys.argv[1])).sum()), flush=True)
 """)
 
 
@@ -101,12 +101,13 @@ def together(commands: list[list[str]], timeout: float) -> list[str]:
 def test_two_processes_meet():
     port = free_port()
     outputs = together([[sys.executable, "-c", WORKER, str(number), port] for number in range(2)], 120)
-    assert [out.splitlines()[-1] for out in outputs] == ["1", "1"]
+    for out in outputs:  # Gloo writes there too, whenever it connects
+        assert "sum 1" in out.splitlines(), out
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    """Two processes of two devices, and one of four: the same losses, and a checkpoint that the one goes on from."""
+    """Two processes of two devices, and one of four: the same losses."""
     model, data = tiny_run.model(tmp_path / "model"), tiny_run.conversations(tmp_path / "chats.jsonl")
     fields = {"train__batch_size": 8, "train__max_steps": 4, "checkpoint__save_steps": 2, "export__enabled": False}
     port = free_port()
