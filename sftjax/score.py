@@ -34,7 +34,7 @@ def score_samples(
         hidden, _ = decoder.hidden_states(config, runtime, variables, tokens, positions, segments)
         return decoder.token_loss(config, runtime, variables, hidden, targets, weights)[1]["nll"]
 
-    for chosen, length in _batches([len(sample.tokens) for sample in samples]):
+    for chosen, length in batches([len(sample.tokens) for sample in samples]):
         rows = max(1, TOKENS_PER_BATCH // length)  # a fixed number for each length, so that each compiles once
         shape = (rows, length)
         tokens, targets, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(shape, 2, np.int32)
@@ -70,7 +70,7 @@ def _line(sample: Sample, nll: np.ndarray, per_token: bool) -> dict[str, Any]:
     return line
 
 
-def _batches(lengths: list[int]) -> Iterator[tuple[list[int], int]]:
+def batches(lengths: list[int]) -> Iterator[tuple[list[int], int]]:
     """Numbers of samples that go together, with the padded length, long ones first (the largest memory at once)."""
     padded = [max(BUCKET, -(-length // BUCKET) * BUCKET) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda number: (-padded[number], number))

@@ -118,8 +118,13 @@ class _FolderSource:
         return sum(file.bytes_read for file in {id(t.file): t.file for t in self._tensors.values()}.values())
 
 
-def open_source(files: ModelFiles) -> tuple[load.Source, list[rules.Tensor]]:
+def open_source(
+    files: ModelFiles, *, beside: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[load.Source, list[rules.Tensor]]:
     """The tensors of a model, checked against its configuration, and the table that reads them.
+
+    Args:
+      beside: names and shapes of tensors that the folder has beside the decoder's, and that the table leaves out.
 
     Raises:
       ConfigError: listing every difference between the files and the configuration.
@@ -137,7 +142,8 @@ def open_source(files: ModelFiles) -> tuple[load.Source, list[rules.Tensor]]:
         elif layout != "gpt_oss" and any(name.endswith("mlp.experts.gate_up_proj") for name in names):
             layout = "fused_experts"
         table = rules.tensors(config, layout)
-    load.check(source, table, tied=config.tie_word_embeddings)
+    extra = [rules.Tensor(name, shape, ()) for name, shape in (beside or {}).items()]
+    load.check(source, [*table, *extra], tied=config.tie_word_embeddings)
     return source, table
 
 
