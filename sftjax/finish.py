@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sftjax import loading, report, tree
+from sftjax import doctor, loading, report, tree
 from sftjax.checkpoint import Checkpointer
 from sftjax.data import pipeline as pipelines
 from sftjax.evaluate import Evaluation, bootstrap_difference
@@ -27,7 +27,7 @@ MAX_RELATIVE_DIFFERENCE = 1e-5  # reloaded against the same weights in memory, f
 
 
 def finish(job, state, frozen) -> None:
-    """Exports, verifies, writes `summary.json` and `report.html`, and prints what a person wants to know."""
+    """Exports and verifies, writes summary, findings and report, and prints what a person wants to know."""
     config = job.config
     state, step = chosen_state(job, state)
     summary: dict[str, Any] = {"steps": int(state.step), "exported_step": step}
@@ -35,12 +35,18 @@ def finish(job, state, frozen) -> None:
     if config.export.enabled:
         summary["export"] = job.folder.file("export")
         summary["verification"] = export_and_verify(job, state, frozen, summary["export"])
+    if "adapter" in state.trainable:
+        summary["adapters"] = count_adapters(state.trainable["adapter"], job.program.mesh)
     job.folder.write_json("summary.json", summary)
+    findings = doctor.diagnose(job.folder.path)
+    job.folder.write_json("doctor.json", {"findings": [finding._asdict() for finding in findings]})
     report.write(job.folder.path)
     if config.export.enabled:
         with open(os.path.join(summary["export"], "README.md"), "w", encoding="utf-8") as file:
             file.write(report.model_card(job.folder.path))
     say(job, summary)
+    if findings:
+        print(doctor.text(findings))
 
 
 def chosen_state(job, state):
@@ -129,6 +135,18 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
     if not passed:
         raise RuntimeError(f"{folder}: the exported model differs from the trained one: {figures}")
     return figures
+
+
+def count_adapters(adapter: dict[str, Any], mesh) -> dict[str, int]:
+    """How many adapters there are, and how many of them still add nothing: their last matrix is as it began, 0."""
+    last = {path: leaf for path, leaf in tree.flatten(adapter).items() if path.endswith(("/lora_B", "/up/weight"))}
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def used(leaves):
+        return jax.tree.map(lambda leaf: jnp.any(leaf != 0, axis=(-2, -1)), leaves)
+
+    flags = [np.asarray(flag) for flag in used(last).values()]
+    return {"count": sum(flag.size for flag in flags), "zero": sum(int((~flag).sum()) for flag in flags)}
 
 
 def plain_params(job, variables) -> tuple[Any, str | None]:

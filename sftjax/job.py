@@ -5,6 +5,7 @@ Nothing large is in memory until `load_variables` reads the weights.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from sftjax import config as config_lib
 from sftjax import loading, optim, program, runs, samples, stopping, tree
 from sftjax.data import preflight as preflights
-from sftjax.data import preview, subsets
+from sftjax.data import preview, rendering, subsets
 from sftjax.data.encode import RowEncoder
 from sftjax.data.mixture import Ingredient, Mixture
 from sftjax.data.sources import open_source
@@ -90,6 +91,7 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     check_room(config, folder, job_program, total_steps)
     if jax.process_index() == 0:
         write_masks(folder, mixture, opened.tokenizer)
+        folder.write_json("model.json", describe_model(config, opened, job_program))
     return Job(
         config,
         folder,
@@ -324,6 +326,25 @@ def write_masks(folder: runs.RunFolder, mixture: Mixture, tokenizer, count: int 
                     {"source": ingredient.source.name, "index": row, "sample": sample.sample, "pieces": pieces}
                 )
     runs.write_text(folder.file("masks.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def describe_model(config, opened: loading.Opened, job_program: program.Program) -> dict[str, Any]:
+    """What the doctor wants to know about the model: sizes, stop tokens, and what stands around an answer, in the
+    template of the run and (where the run has another one) in the model's own."""
+
+    def around(tokenizer) -> list[str] | None:
+        with contextlib.suppress(rendering.TemplateError):
+            return list(rendering.around_the_answer(tokenizer.renderer)) if tokenizer.renderer else None
+        return None
+
+    trained_with = own = around(opened.tokenizer)
+    if config.model.chat_template or config.model.end_of_turn:
+        own = around(loading.open_model(config.model.path).tokenizer)
+    return {
+        "parameters": job_program.count(),
+        "stop_ids": list(opened.tokenizer.stop_ids),
+        "around_an_answer": {"in_training": trained_with, "in_the_base": own},
+    }
 
 
 def announce(config, job_program: program.Program, total_steps: int) -> None:

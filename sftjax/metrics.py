@@ -213,6 +213,7 @@ class Rates(NamedTuple):
     tokens_per_second: float  # real ones: neither padding nor counted twice
     trained_tokens_per_second: float  # those with a loss
     padded_tokens_per_second: float  # all that went through the model, padding too
+    waiting_share: float = 0.0  # of the time, waiting for data with nothing left to compute
 
     def timing(self) -> dict[str, float]:
         """For `MetricsLog.log`."""
@@ -228,6 +229,7 @@ class Throughput:
             ...                                     # its metrics are here: the step is finished
             throughput.step(real=..., trained=..., padded=...)
             with throughput.pause(): evaluate()
+            throughput.waited(seconds)              # of the next step, for its data
 
     Args:
       window: how many steps `rates` looks back.
@@ -236,8 +238,9 @@ class Throughput:
 
     def __init__(self, window: int = 20, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._recent: deque[tuple[float, int, int, int]] = deque(maxlen=window)
-        self._total = [0.0, 0, 0, 0]
+        self._recent: deque[tuple[float, int, int, int, float]] = deque(maxlen=window)
+        self._total = [0.0, 0, 0, 0, 0.0]
+        self._waited = 0.0
         self._steps = 0
         self._last: float | None = None
         self._first = True
@@ -251,13 +254,18 @@ class Throughput:
         now = self._clock()
         seconds = now - (self._last if self._last is not None else now)
         self._last = now
+        waited, self._waited = self._waited, 0.0
         if self._first:
             self._first = False
             return
-        counts = (seconds, int(real), int(trained), int(padded))
+        counts = (seconds, int(real), int(trained), int(padded), waited)
         self._recent.append(counts)
         self._total = [a + b for a, b in zip(self._total, counts, strict=True)]
         self._steps += 1
+
+    def waited(self, seconds: float) -> None:
+        """So long the device had nothing to do because the next batch wasn't there."""
+        self._waited += seconds
 
     def pause(self) -> _Pause:
         """A context whose time counts for no step."""
@@ -290,8 +298,8 @@ def _rates(sums: Iterable[float], steps: int) -> Rates:
     sums = list(sums)
     if not steps or sums[0] <= 0:
         return Rates(math.nan, math.nan, math.nan, math.nan)
-    seconds, real, trained, padded = sums
-    return Rates(seconds / steps, real / seconds, trained / seconds, padded / seconds)
+    seconds, real, trained, padded, waited = sums
+    return Rates(seconds / steps, real / seconds, trained / seconds, padded / seconds, waited / seconds)
 
 
 # --- work -------------------------------------------------------------------------------------------------------------

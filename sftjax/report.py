@@ -5,7 +5,7 @@ configuration, environment, throughput, verification. A missing file leaves out 
 from the run is escaped; it may hold any text.
 
 Files read: summary.json, config.json, environment.json, preflight.json, verification.json, metrics.jsonl, timing.jsonl,
-samples.jsonl ({"step", "messages", "answer", ...}) and masks.jsonl, one line for each sample shown:
+samples.jsonl ({"step", "messages", "answer", ...}), doctor.json and masks.jsonl, one line for each sample shown:
 {"source", "index", "sample", "pieces": [{"text", "weight"}, ...]} (stretches of equal weight; 0 is not trained).
 """
 
@@ -46,7 +46,7 @@ def write(folder: str) -> str:
 
 def model_card(folder: str) -> str:
     """The README.md of the exported model, from the run's own numbers (no paths of this machine in it)."""
-    return _templates().get_template("model_card.md.j2").render(_card(_Run(folder)))
+    return _templates().get_template("model_card.md.j2").render(_card(Run(folder)))
 
 
 def _templates() -> jinja2.Environment:
@@ -63,14 +63,14 @@ def _templates() -> jinja2.Environment:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _Run:
+class Run:
     """What the files of a run folder hold; empty where they are missing or broken."""
 
     def __init__(self, folder: str):
         self.folder = folder
         self.name = os.path.basename(folder.rstrip("/")) or folder
-        self.summary, self.config, self.environment, self.preflight = (
-            self._json(f"{name}.json") for name in ("summary", "config", "environment", "preflight")
+        self.summary, self.config, self.environment, self.preflight, self.model = (
+            self._json(f"{name}.json") for name in ("summary", "config", "environment", "preflight", "model")
         )
         self.verification = self._json("verification.json") or self._json("export/verification.json")
         metrics = self._lines("metrics.jsonl")
@@ -79,6 +79,8 @@ class _Run:
         self.timing = self._lines("timing.jsonl")
         self.samples = self._lines("samples.jsonl")
         self.masks = self._lines("masks.jsonl")
+        self.nonfinite = self._lines("nonfinite.jsonl")
+        self.findings = self._json("doctor.json").get("findings", [])
 
     def _text(self, name: str) -> str:
         try:
@@ -111,11 +113,12 @@ class _Run:
 
 def page(folder: str) -> dict[str, Any]:
     """Everything that `report.html.j2` shows."""
-    run = _Run(folder)
+    run = Run(folder)
     return {
         "name": run.name,
         "subtitle": _subtitle(run),
         "tiles": _tiles(run),
+        "findings": run.findings,
         "charts": _charts(run),
         "prompts": _prompts(run.samples),
         "ledger": _ledger(run.preflight),
@@ -129,7 +132,7 @@ def page(folder: str) -> dict[str, Any]:
     }
 
 
-def _subtitle(run: _Run) -> str:
+def _subtitle(run: Run) -> str:
     model = _get(run.config, "model", "path")
     method = _get(run.config, "peft", "method")
     devices = run.environment.get("device_count")
@@ -142,7 +145,7 @@ def _subtitle(run: _Run) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _tiles(run: _Run) -> list[dict[str, str]]:
+def _tiles(run: Run) -> list[dict[str, str]]:
     """The few figures that matter, largest first."""
     tiles = []
     before, after = _before_after(run)
@@ -177,14 +180,14 @@ def _tiles(run: _Run) -> list[dict[str, str]]:
     return tiles
 
 
-def _before_after(run: _Run) -> tuple[float | None, float | None]:
+def _before_after(run: Run) -> tuple[float | None, float | None]:
     if "eval_loss_before" in run.summary:
         return run.summary["eval_loss_before"], run.summary.get("eval_loss_after")
     losses = [line["eval_loss"] for line in run.evals if isinstance(line.get("eval_loss"), int | float)]
     return (losses[0], losses[-1]) if len(losses) > 1 else (None, None)
 
 
-def _charts(run: _Run) -> list[dict[str, Any]]:
+def _charts(run: Run) -> list[dict[str, Any]]:
     def of(lines: Iterable[Mapping[str, Any]], name: str, label: str, style: str, dots: bool = False) -> Series:
         chosen = [line for line in lines if name in line and "step" in line]
         return Series(label, [line["step"] for line in chosen], [line[name] for line in chosen], style, dots)
@@ -324,7 +327,7 @@ def _mask(line: Mapping[str, Any]) -> dict[str, Any]:
     return {"place": place + (f", sample {line['sample']}" if line.get("sample") else ""), "pieces": pieces}
 
 
-def _throughput(run: _Run) -> dict[str, Any]:
+def _throughput(run: Run) -> dict[str, Any]:
     def column(name: str) -> list[float]:
         return [line[name] for line in run.timing if isinstance(line.get(name), int | float)]
 
@@ -386,7 +389,7 @@ def _rows(values: Any) -> list[tuple[str, str]]:
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
-def _card(run: _Run) -> dict[str, Any]:
+def _card(run: Run) -> dict[str, Any]:
     model = str(_get(run.config, "model", "path") or "")
     adapter = _get(run.config, "peft", "method") not in (None, "", "none", "full") and not _get(
         run.config, "export", "merge"

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -161,7 +162,7 @@ def loop(job: Job, state, frozen, progress: Progress):
         stop_early = done = compiled = False
         items = iter(pipeline)
         while not (done or stop_early) and progress.step < job.total_steps:
-            item = next(items, None)
+            item = next_item(items, pending, log)
             if item is None:
                 break
             batch = job.program.put(item.batch, item.info.rows, job.batch_rows)
@@ -230,6 +231,16 @@ def train_pipeline(job: Job, rows: Sequence[int], position: dict[str, Any] | Non
         position=position,
         **job.batching,
     )
+
+
+def next_item(items: Iterator, pending, log) -> pipelines.Item | None:
+    """The next batch, None at the end. The wait for it counts where the step before is finished already: then the
+    device stood idle for it."""
+    began = time.monotonic()
+    item = next(items, None)
+    if pending is None or pending[1]["finite"].is_ready():
+        log.throughput.waited(time.monotonic() - began)
+    return item
 
 
 def record(job: Job, progress: Progress, pending, log) -> None:

@@ -12,12 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports only go to a later line; names on one line don't import each other. (A package may import within itself.)
 LAYERS = [
-    {"main", "convert", "chat", "inference", "plan_scaling"},
-    {"train", "plan_search", "bench", "doctor", "serve", "synth"},
+    {"main", "convert", "chat", "inference", "plan_scaling", "assess"},
+    {"train", "plan_search", "bench", "serve", "synth"},
     {"plan"},
     {"job"},
     {"chat", "finish", "inference"},
-    {"evaluate", "loading", "samples", "score", "runlog", "topology"},
+    {"doctor", "evaluate", "loading", "samples", "score", "runlog", "topology"},
     {"generate", "report", "costs"},
     {"program"},
     {"step"},
@@ -35,7 +35,7 @@ EVERYBODY = {"errors"}
 WINGS = {"data": set(), "curate": {"data"}, "scorers": {"data", "curate"}}
 USE_WINGS = set().union(*LAYERS[:6])
 # the others take plain arguments
-USE_CONFIG = {"main", "train", "job", "plan", "plan_search", "plan_scaling", "bench", "finish", "doctor", "convert"}
+USE_CONFIG = {"main", "train", "job", "plan", "plan_search", "plan_scaling", "bench", "finish", "convert"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 BANNED_MODULES = {

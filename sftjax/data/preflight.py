@@ -50,6 +50,7 @@ class Preflight:
       flags: samples per flag, such as "straddle" or "prompt_differs".
       stop_trained: share of the conversations' samples in which a stop token is trained; None without conversations.
       double_bos: samples that begin with two BOS tokens.
+      duplicates: samples whose tokens were there before, in an earlier row.
       length: {"p50", "p90", "p95", "p99", "max", "mean"} of the samples' tokens.
       coverage: share of samples that fit into `max_length`; proposed_length: the multiple of 128 that holds 95 %.
       packing_efficiency: real tokens over token slots.
@@ -75,6 +76,7 @@ class Preflight:
     flags: dict[str, int]
     stop_trained: float | None
     double_bos: int
+    duplicates: int
     length: dict[str, float]
     coverage: float
     proposed_length: int
@@ -249,6 +251,7 @@ class Survey:
         self.order: list[tuple[int, int]] = []
         self.stops = [0] * len(mixture.names)  # samples in which a stop token is trained
         self.double_bos = 0
+        self.digests = array("q")  # of the samples' tokens, to count those that are there twice
         self.sample_rows, self.sampled = 0, range(0)
 
     def choose_places(self, sample_rows: int) -> range:
@@ -287,6 +290,7 @@ class Survey:
             self.pieces[row.source, row.row] = [len(piece.tokens) for piece in pieces]
         for sample in row.samples:
             self.lengths.append(len(sample.tokens))
+            self.digests.append(hash(sample.tokens.tobytes()))
             is_trained = sample.weights != 0
             is_trained[:1] = False
             self.stops[row.source] += bool(np.isin(sample.tokens[is_trained], self.stop_ids).any())
@@ -319,6 +323,7 @@ class Survey:
             flags=ledger.flags(),
             stop_trained=stopped / in_chat if in_chat and len(self.stop_ids) else None,
             double_bos=self.double_bos,
+            duplicates=len(self.digests) - len(np.unique(np.array(self.digests, np.int64))),
             length={**quantiles, "max": int(lengths.max()), "mean": round(float(lengths.mean()), 1)},
             coverage=float((lengths <= self.length).mean()),
             proposed_length=max(128, math.ceil(wanted / 128) * 128),

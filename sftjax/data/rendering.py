@@ -205,3 +205,17 @@ class Renderer:
         variables = {**self.special_tokens, **(kwargs or {})}
         variables.update(messages=messages, tools=tools, documents=None, add_generation_prompt=generation)
         return sandbox.run(template, variables)
+
+
+def around_the_answer(renderer: Renderer) -> tuple[str, str]:
+    """What a template writes between a question and its answer, and between the answer and the next question.
+
+    Raises:
+      TemplateError: it fails on such a conversation.
+    """
+    said = ("Which?", "Paris", "Sure?")
+    roles = ("user", "assistant", "user")
+    text = renderer.render([{"role": role, "content": words} for role, words in zip(roles, said, strict=True)])
+    question, rest = text.find(said[0]) + len(said[0]), text.rfind(said[2])
+    answer = text.find(said[1], question)
+    return text[question:answer], text[answer + len(said[1]) : rest]
