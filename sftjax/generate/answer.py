@@ -145,9 +145,9 @@ class Answer:
         """How many tokens the text has: without stop token, what a stop string cut off, and what waits to be shown."""
         if self.finish_reason == "length" or len(self.written) < len(self.tokens):
             return len(self.written)
-        characters = len(self.text) if self.finish_reason else self.shown
+        text = self.text if self.finish_reason else self.text[: self.shown]
         count = len(self.tokens)
-        while count and len(self.decode(self.tokens[: count - 1]).rstrip("\ufffd")) >= characters:
+        while count and self.decode(self.tokens[: count - 1]).startswith(text):
             count -= 1
         return count
 

@@ -12,12 +12,12 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from sftjax import __version__
+import sftjax
 from sftjax.errors import ConfigError
 from sftjax.generate.answer import Answer
 from sftjax.generate.sampling import TOP, Sampling
 
-FINGERPRINT = f"sftjax-{__version__}"
+FINGERPRINT = f"sftjax-{sftjax.__version__}"
 MAX_ANSWERS = 128  # of one request
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Without meaning here, whatever their value:
