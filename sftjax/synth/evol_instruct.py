@@ -54,6 +54,7 @@ Second: {second}
 Reply with one word, Yes or No."""
 BREADTH = "breadth"
 MAX_WORDS = 400
+_HEADING = re.compile(r"^\W*(new |rewritten )?instruction\W*:[\s*]*", re.IGNORECASE)
 _LEAKS = re.compile(
     r"\b(given|new|rewritten|original|evolved|created|harder) (instruction|prompt)s?\b|^\W*instruction\W", re.IGNORECASE
 )
@@ -145,10 +146,11 @@ def _round(
     requests = [_ask(_request(name, node.instruction)) for name, node in zip(chosen, nodes, strict=True)]
     replies = asker.chat(requests, sampling, what=f"instructions rewritten, round {depth} of")
     children: list[_Node | None] = []
+    taken = set(known)
     for node, name, reply in zip(nodes, chosen, replies, strict=True):
         instruction = _cleaned(reply.text)
-        if filters.first(_instruction_checks(reply, instruction, known)) is None:
-            known.add(text.key(instruction))
+        if filters.first(_instruction_checks(reply, instruction, taken)) is None:
+            taken.add(text.key(instruction))
             children.append(_Node(instruction, node.root, node.depth + 1, name, node.number))
         else:
             children.append(None)
@@ -159,6 +161,7 @@ def _round(
         checks = [*answer_checks(reply), ("answer_says_nothing", text.says_nothing(reply.text))]
         usable = filters.first(checks) is None
         children[number] = dataclasses.replace(children[number], answer=reply.text.strip()) if usable else None
+    known.update(text.key(child.instruction) for child in children if child is not None)
     return children
 
 
@@ -192,7 +195,11 @@ def _request(operation: str, instruction: str) -> str:
 
 def _cleaned(reply: str) -> str:
     """Without a heading or quotation marks around all of it."""
-    found = re.sub(r"^\W*(new |rewritten )?instruction\W*:\W*", "", reply.strip(), flags=re.IGNORECASE)
+    return _unquoted(_HEADING.sub("", _unquoted(reply)))
+
+
+def _unquoted(reply: str) -> str:
+    found = reply.strip()
     return found[1:-1].strip() if len(found) > 1 and found[0] == found[-1] == '"' else found
 
 

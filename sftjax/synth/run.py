@@ -109,7 +109,8 @@ def synthesize(
 
 def _with_rewards(options: dict[str, Any], dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options with rewards in place of their names; and what to remember of the options."""
-    options, known = dict(options), dict(options)
+    known = {name: value for name, value in options.items() if value not in (None, False, "")}
+    options = dict(options)
     allow_code = options.pop("allow_code", False)
     for name in ("reward", "second"):
         if options.get(name):

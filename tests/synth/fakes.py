@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from sftjax.synth.asking import Asker
@@ -54,8 +54,9 @@ def server(respond: Callable[[str, dict], tuple[int, dict, dict]]):
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(data))}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
+            with suppress(BrokenPipeError):  # who asked may have been killed
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, *_):
             pass
