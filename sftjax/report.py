@@ -80,6 +80,7 @@ class Run:
         self.samples = self._lines("samples.jsonl")
         self.masks = self._lines("masks.jsonl")
         self.nonfinite = self._lines("nonfinite.jsonl")
+        self.evaluations = self._lines("evaluations.jsonl")  # of tools/evaluate.py and tools/harness.py
         self.findings = self._json("doctor.json").get("findings", [])
 
     def _text(self, name: str) -> str:
@@ -121,6 +122,7 @@ def page(folder: str) -> dict[str, Any]:
         "findings": run.findings,
         "charts": _charts(run),
         "prompts": _prompts(run.samples),
+        "evaluations": [_evaluation(line) for line in run.evaluations],
         "ledger": _ledger(run.preflight),
         "warnings": _strings(run.preflight.get("warnings")),
         "sources": _sources(run.preflight),
@@ -209,6 +211,10 @@ def _charts(run: Run) -> list[dict[str, Any]]:
         _chart("Gradient norm", "before clipping", [of(run.train, "grad_norm", "gradient norm", "c")], from_zero=True),
         _chart("Learning rate", "", [of(run.train, "learning_rate", "learning rate", "d")], from_zero=True),
     ]
+    plain = of(run.evals, "plain_text_loss", "plain text", "b", dots=True)
+    moved = of(run.evals, "kl_to_base", "KL to the base", "c", dots=True)
+    charts.append(_chart("Forgetting", "nats per token of held-out plain text", [plain]))
+    charts.append(_chart("KL to the base", "nats, at answer tokens of held-out samples", [moved], from_zero=True))
     sources = sorted({name for line in run.evals for name in line if name.startswith("eval_loss/")})
     if sources:
         per_source = [
@@ -254,6 +260,21 @@ def _prompts(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return prompts
+
+
+def _evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A figure of a later evaluation, before and after; the difference where both are known."""
+    before, after = line.get("before"), line.get("after")
+    change = ""
+    if isinstance(before, int | float) and isinstance(after, int | float):
+        change = f"{after - before:+.4g}"
+        if isinstance(line.get("low"), int | float) and isinstance(line.get("high"), int | float):
+            change += f" ({line['low']:+.4g} to {line['high']:+.4g})"
+    return {name: str(line.get(name, "")) for name in ("name", "metric")} | {
+        "before": before,
+        "after": after,
+        "change": change,
+    }
 
 
 def _content(message: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ LAYERS = [
     {"plan"},
     {"job"},
     {"chat", "finish", "inference"},
-    {"doctor", "evaluate", "loading", "samples", "score", "runlog", "topology"},
+    {"doctor", "evaluate", "divergence", "loading", "samples", "score", "runlog", "topology"},
     {"generate", "report", "costs"},
     {"program"},
     {"step"},
