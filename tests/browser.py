@@ -19,25 +19,38 @@ class Page:
 
     def __init__(self, write: int, read: int):
         self.write, self.read, self.number, self.session, self.rest = write, read, 0, None, b""
+        self.events: list[dict[str, Any]] = []
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         self.number += 1
         message = {"id": self.number, "method": method, "params": params}
         message |= {"sessionId": self.session} if self.session else {}
         os.write(self.write, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = json.loads(self._message())
-            if answer.get("id") == self.number:
-                assert "error" not in answer, answer
-                return answer["result"]
+        while (answer := self._message()).get("id") != self.number:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
 
-    def _message(self) -> bytes:
+    def load(self, url: str) -> None:
+        """Goes there, and waits until everything is loaded."""
+        self.call("Page.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
+        document = self.call("Page.navigate", url=url)["loaderId"]
+
+        def loaded(event: dict[str, Any]) -> bool:
+            about = event.get("params", {})
+            return about.get("loaderId") == document and about.get("name") == "load"
+
+        while not any(map(loaded, self.events)):
+            self.events.append(self._message())
+
+    def _message(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
             part = os.read(self.read, 1 << 16)
             assert part, "the browser has gone"
             self.rest += part
         message, self.rest = self.rest.split(b"\0", 1)
-        return message
+        return json.loads(message)
 
     def evaluate(self, script: str) -> Any:
         """The value of an expression; a promise is awaited."""
@@ -65,10 +78,9 @@ def open_page(url: str, profile: Path, size: tuple[int, int] = (1280, 900)) -> I
     os.close(from_browser[1])
     try:
         page = Page(to_browser[1], from_browser[0])
-        target = page.call("Target.createTarget", url=url)["targetId"]
+        target = page.call("Target.createTarget", url="about:blank")["targetId"]
         page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        loaded = "new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))"
-        page.evaluate(loaded)
+        page.load(url)
         yield page
         page.session = None
         page.call("Browser.close")

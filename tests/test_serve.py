@@ -49,7 +49,7 @@ def folders(tmp_path_factory):
 def serving(folders, log, *flags):
     """A server as a child process; its address, and the process."""
     command = [sys.executable, "tools/serve.py", "--model", str(folders[0]), "--adapter", f"tuned={folders[1]}"]
-    command += ["--port", "0", "--batch_size", "8", *flags]
+    command += ["--port", "0", "--batch_size", "4", *flags]
     with open(log, "w") as errors:
         child = subprocess.Popen(
             command, cwd=tiny_run.ROOT, env=tiny_run.environment(), stdout=subprocess.PIPE, stderr=errors, text=True
@@ -93,24 +93,20 @@ def test_models_are_listed(client, server):
 
 
 def test_answers_are_the_models(client, folders):
-    """The same as without a server, with and without the adapter, greedy and drawn."""
+    """The same draws as without a server."""
     opened = loading.open_model(str(folders[0]))
     variables = loading.load_base(opened, opened.config, "float32", None)
-    adapter = peft_format.load_adapter(folders[1], opened.config)[0]
-    said = set()
-    for model, extra in (("base", {}), ("tuned", {"adapter": adapter})):
-        runtime = decoder.Runtime(compute_dtype="float32")
-        generator = Generator(opened.config, runtime, variables | extra, opened.tokenizer)
-        (alone,) = generator.generate([MESSAGES], max_new_tokens=24)
-        answer = chat(client, model)
-        assert answer.choices[0].message.content == alone.text
-        assert answer.usage.completion_tokens == len(alone.tokens) and answer.usage.prompt_tokens == alone.prompt_tokens
-        assert answer.choices[0].finish_reason == alone.finish_reason
-        said.add(alone.text)
-    assert len(said) == 2
+    variables["adapter"] = peft_format.load_adapter(folders[1], opened.config)[0]
+    generator = Generator(opened.config, decoder.Runtime(compute_dtype="float32"), variables, opened.tokenizer)
     drawn = generator.generate([MESSAGES], max_new_tokens=24, n=2, temperature=1.0, seed=5)
-    answer = chat(client, "tuned", n=2, temperature=1.0, seed=5)
+    settings = {"n": 2, "temperature": 1.0, "seed": 5}
+    answer = chat(client, "tuned", **settings)
     assert [choice.message.content for choice in answer.choices] == [output.text for output in drawn]
+    assert [choice.finish_reason for choice in answer.choices] == [output.finish_reason for output in drawn]
+    assert answer.usage.completion_tokens == sum(len(output.tokens) for output in drawn)
+    assert answer.usage.prompt_tokens == drawn[0].prompt_tokens
+    base = chat(client, **settings)
+    assert [choice.message.content for choice in base.choices] != [output.text for output in drawn]
 
 
 @pytest.mark.parametrize("changes", [{}, {"n": 3, "temperature": 1.0, "seed": 1, "max_tokens": 40}], ids=["one", "n"])
@@ -137,7 +133,9 @@ def test_a_stream_says_the_same(client, changes):
 def test_stop_ends_an_answer_where_it_starts(client):
     free = chat(client, logprobs=True).choices[0]
     text, tokens = free.message.content, [entry.token for entry in free.logprobs.content]
-    place = next(n for n in range(4, len(tokens)) if len(tokens[n]) > 2 and text.find(tokens[n]) > len("".join(tokens[: n - 1])))
+    place = next(
+        n for n in range(4, len(tokens)) if len(tokens[n]) > 2 and text.find(tokens[n]) > len("".join(tokens[: n - 1]))
+    )
     stop = tokens[place]
     whole = chat(client, stop=[stop, "never said"], logprobs=True)
     assert whole.choices[0].message.content == text[: text.index(stop)]
@@ -227,7 +225,7 @@ def test_requests_that_are_none(server):
 
 def test_fifty_at_once(server):
     """Streams and whole answers of both models; each is what the same request gives alone."""
-    prompts = ["the cat", "a red tree and the old house", "dog " * 30, "new river", "under the small tree"]
+    prompts = ["the cat", "a red tree and the old house", "dog", "new river", "under the small tree"]
 
     def request(number):
         question = [{"role": "user", "content": prompts[number % 5]}]
@@ -266,25 +264,25 @@ def test_who_hangs_up_takes_no_place(client, server):
 
 
 def test_the_end_is_clean_with_answers_in_the_making(folders, tmp_path):
-    with serving(folders, tmp_path / "stderr", "--grace", "2") as (url, child):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-        chat(client, n=4)  # programs are there from now on
+    with serving(folders, tmp_path / "stderr", "--grace", "600") as (url, child):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=240)
         stream = iter(chat(client, stream=True, max_tokens=4000, temperature=1.0, seed=3))
         next(stream)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             whole = pool.submit(chat, client, max_tokens=4000, temperature=1.0, seed=4)
-            short = pool.submit(chat, client, max_tokens=16)
-            while httpx.get(f"{url}/health").json()["models"]["base"]["running"] < 2:
+            short = pool.submit(chat, client, max_tokens=3)
+            while sum(httpx.get(f"{url}/health").json()["models"]["base"].values()) < 2 and not short.done():
                 time.sleep(0.02)
             child.send_signal(signal.SIGTERM)
             assert short.result().choices[0].finish_reason == "length"
+            child.send_signal(signal.SIGTERM)  # the long ones have waited long enough
             with pytest.raises(openai.APIError, match="shutting down"):
                 for _ in stream:
                     pass
             with pytest.raises(openai.InternalServerError, match="shutting down") as caught:
                 whole.result()
             assert caught.value.status_code == 503
-        assert child.wait(timeout=30) == 0
+        assert child.wait(timeout=60) == 0
         with pytest.raises(openai.APIConnectionError):
             chat(client)
     assert (tmp_path / "stderr").read_text() == ""

@@ -5,7 +5,8 @@
 Endpoints: /v1/chat/completions, /v1/completions (both also as streams), /v1/models, /health; a page to chat and to
 compare two models on /. Models are known by the last part of their path, or by NAME; adapters share the weights of the
 model in front of them. The first line on standard output, "http://HOST:PORT/  models: NAME, ...", comes when requests
-are taken. SIGINT or SIGTERM ends it: what is in the making is answered first, for at most --grace seconds.
+are taken. SIGINT or SIGTERM ends it, with exit code 0: what is in the making is answered first, for at most --grace
+seconds or until a second signal; requests that are left get an error.
 
 Beyond the protocol, requests may have top_k, min_p and repetition_penalty. See docs/serving.md for the limits.
 """

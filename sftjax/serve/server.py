@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import socket
 import sys
 from collections.abc import Sequence
@@ -55,7 +56,13 @@ def serve(
         served = models.load(wanted, dtype=dtype, batch_size=batch_size, steps=4, max_length=max_length)
         worker = Worker({name: model.generator for name, model in served.items()})
         application = app.build(served, worker, max_new_tokens=max_new_tokens, hosts=_hosts(host))
-        config = uvicorn.Config(application, log_level="warning", access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            application,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=math.ceil(grace) + 30,  # for clients that don't read
+        )
         worker.start()
         try:
             listener.listen(2048)
@@ -68,16 +75,17 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """A signal ends it with exit code 0, and makes the worker come to an end; a second one cuts it short."""
+    """A signal ends it with exit code 0; a second one gives up on what is in the making; a third waits for nobody."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker, grace: float):
         super().__init__(config)
-        self.worker, self.grace = worker, grace
+        self.worker, self.grace, self.signals = worker, grace, 0
 
     def handle_exit(self, sig, frame) -> None:
-        self.worker.stop(0.0 if self.should_exit else self.grace)
-        self.force_exit = self.should_exit
+        self.signals += 1
+        self.worker.stop(self.grace if self.signals == 1 else 0.0)
         self.should_exit = True
+        self.force_exit = self.signals > 2
 
 
 def _bind(host: str, port: int) -> socket.socket:
