@@ -1,7 +1,8 @@
-"""Training speed as a user gets it: real tokens per second and peak memory of the main program, and of a peer."""
+"""Speed as a user gets it, beside a peer's: real tokens per second, in training by the main program and generating."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,22 +110,68 @@ def run(line: list[str]) -> tuple[str, int]:
     return output, peak[0]
 
 
-def compare(*, peer_python: str, repeats: int, **settings: Any) -> dict[str, Any]:
-    """Both in turn, `repeats` times; medians, and the ratio pair by pair."""
-    pairs = []
-    for _ in range(repeats):
-        pair = {"sftjax": ours(**settings)}
-        if peer_python:
-            pair["trl"] = peer_trl(python=peer_python, **settings)
-        pairs.append(pair)
-    result: dict[str, Any] = {"settings": settings, "pairs": pairs}
-    for name in pairs[0]:
-        result[name] = {
-            key: statistics.median(pair[name][key] for pair in pairs)
-            for key in ("tokens_per_second", "step_seconds", "peak_bytes")
-        }
+def generation(*, model: str, data: str, prompts: int, new_tokens: int, batch_size: int, dtype: str) -> dict[str, Any]:
+    """Greedy answers of `new_tokens` tokens each to the first messages of `prompts` conversations; compiled before."""
+    from sftjax import chat
+
+    generator = chat.load(model, dtype=dtype, batch_size=batch_size)
+    conversations = [[{"role": "user", "content": text}] for text in openings(data, prompts)]
+    answer = functools.partial(generator.generate, conversations, max_new_tokens=new_tokens, stop_ids=())
+    answer()
+    begun = time.monotonic()
+    outputs = answer()
+    seconds = time.monotonic() - begun
+    return {"tokens_per_second": sum(len(output.tokens) for output in outputs) / seconds, "seconds": seconds}
+
+
+def peer_generation(
+    *, python: str, model: str, data: str, prompts: int, new_tokens: int, batch_size: int, dtype: str
+) -> dict[str, Any]:
+    """The same with transformers' `generate`, batched and padded in front, in the Python that has torch."""
+    line = [python, str(ROOT / "tests" / "parity" / "peer_generate.py"), "--model", model, "--dtype", dtype]
+    line += ["--new_tokens", str(new_tokens), "--batch_size", str(batch_size)]
+    with tempfile.TemporaryDirectory(prefix="sftjax-bench-") as folder:
+        path = Path(folder) / "prompts.json"
+        path.write_text(json.dumps(openings(data, prompts)))
+        output, _ = run([*line, "--prompts", str(path)])
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def openings(data: str, count: int) -> list[str]:
+    """The first message of each of the first `count` conversations in a JSONL with messages."""
+    found = [line["messages"][0]["content"] for line in read_lines(data)[:count]]
+    if len(found) < count:
+        raise ConfigError(f"{data}: has {len(found)} conversations, {count} are wanted")
+    return found
+
+
+def compare_generation(*, peer_python: str, repeats: int, **settings: Any) -> dict[str, Any]:
+    """`generation` and the peer in turn."""
+    programs = {"sftjax": functools.partial(generation, **settings)}
     if peer_python:
+        programs["transformers"] = functools.partial(peer_generation, python=peer_python, **settings)
+    return _in_turn(programs, repeats, settings, ("tokens_per_second", "seconds"))
+
+
+def compare(*, peer_python: str, repeats: int, **settings: Any) -> dict[str, Any]:
+    """Training, `ours` and the peer in turn."""
+    programs = {"sftjax": functools.partial(ours, **settings)}
+    if peer_python:
+        programs["trl"] = functools.partial(peer_trl, python=peer_python, **settings)
+    return _in_turn(programs, repeats, settings, ("tokens_per_second", "step_seconds", "peak_bytes"))
+
+
+def _in_turn(
+    programs: dict[str, Callable[[], dict[str, Any]]], repeats: int, settings: dict[str, Any], figures: tuple[str, ...]
+) -> dict[str, Any]:
+    """Each in turn, `repeats` times; medians of the figures, and of the ratio to the second, pair by pair."""
+    pairs = [{name: program() for name, program in programs.items()} for _ in range(repeats)]
+    result: dict[str, Any] = {"settings": settings, "pairs": pairs}
+    for name in programs:
+        result[name] = {key: statistics.median(pair[name][key] for pair in pairs) for key in figures}
+    if len(programs) == 2:
+        first, second = programs
         result["ratio"] = statistics.median(
-            pair["sftjax"]["tokens_per_second"] / pair["trl"]["tokens_per_second"] for pair in pairs
+            pair[first]["tokens_per_second"] / pair[second]["tokens_per_second"] for pair in pairs
         )
     return result

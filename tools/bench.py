@@ -2,6 +2,9 @@
 
 With --peer_python, the Python of an environment that has torch, trl, peft and datasets, the same job is run with TRL's
 SFTTrainer in the same sitting, in turn, and the ratio is printed.
+
+With --generate, generation instead: greedy answers of --new_tokens tokens to --prompts first messages, after one round
+that compiles; the peer is transformers' generate with torch.
 """
 
 import argparse
@@ -21,38 +24,46 @@ def main() -> int:
     parser.add_argument("--data", default=".cache/quickstart/chitchat/train.jsonl", help="JSONL with messages")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, help="rows, or answers that decode together (default: 1, or all)")
     parser.add_argument("--steps", type=int, default=6, help="timed, after the first")
     parser.add_argument("--no_packing", action="store_true")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--peer_python", default="", help="Python with torch, trl, peft, datasets")
     parser.add_argument("--out", help="JSON to write")
+    parser.add_argument("--generate", action="store_true", help="measure generation")
+    parser.add_argument("--prompts", type=int, default=64, help="with --generate")
+    parser.add_argument("--new_tokens", type=int, default=64, help="with --generate")
     args = parser.parse_args()
-    result = bench.compare(
-        peer_python=args.peer_python,
-        repeats=args.repeats,
-        model=args.model,
-        data=args.data,
-        method=args.method,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
-        steps=args.steps,
-        packing=not args.no_packing,
-        dtype=args.dtype,
-    )
+    shared = {name: getattr(args, name) for name in ("peer_python", "repeats", "model", "data", "dtype")}
+    if args.generate:
+        batch_size = args.batch_size or args.prompts
+        result = bench.compare_generation(
+            **shared, prompts=args.prompts, new_tokens=args.new_tokens, batch_size=batch_size
+        )
+    else:
+        result = bench.compare(
+            **shared,
+            method=args.method,
+            max_length=args.max_length,
+            batch_size=args.batch_size or 1,
+            steps=args.steps,
+            packing=not args.no_packing,
+        )
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=2))
-    for name in ("sftjax", "trl"):
-        if name in result:
-            figures = result[name]
-            print(
-                f"{name:7} {figures['tokens_per_second']:8.0f} real tokens/s  {figures['step_seconds']:6.2f} s a step  "
-                f"{figures['peak_bytes'] / 2**30:5.2f} GiB peak"
-            )
+    for name, figures in result.items():
+        if name in ("sftjax", "trl", "transformers"):
+            print(f"{name:12} {figures['tokens_per_second']:8.0f} tokens/s  {_more(figures)}")
     if "ratio" in result:
-        print(f"ratio   {result['ratio']:8.2f}")
+        print(f"{'ratio':12} {result['ratio']:8.2f}")
     return 0
+
+
+def _more(figures: dict[str, float]) -> str:
+    if "seconds" in figures:
+        return f"{figures['seconds']:6.2f} s"
+    return f"{figures['step_seconds']:6.2f} s a step  {figures['peak_bytes'] / 2**30:5.2f} GiB peak"
 
 
 if __name__ == "__main__":
