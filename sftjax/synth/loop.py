@@ -29,8 +29,10 @@ from sftjax.errors import ConfigError, StorageError
 from sftjax.scorers.make import make_scorer
 from sftjax.scorers.statistics import bootstrap_mean
 from sftjax.synth import run
+from sftjax.synth.memory import check_settings
 from sftjax.synth.teacher import Sampling
 
+_MAY_CHANGE = ("output", "seeds", "control")  # between two runs in one folder
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT_SEED, TRAIN_SEED = 1_000_000, 1  # of the task's generator; runs count from the second
 STAGES = {
@@ -78,6 +80,9 @@ class Settings:
 def improve(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs the experiment, or what is left of it; writes `improve.json` and `improve.md` into the output folder."""
     folder = Path(settings.output)
+    _make(folder)
+    fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key not in _MAY_CHANGE}
+    check_settings(folder, fixed)
     held_out = make_items(settings, HELD_OUT_SEED, settings.held_out, set())
     known = {item["question"] for item in held_out}
     base = _measured(folder / "before.json", settings, settings.model, held_out, say)
@@ -199,7 +204,6 @@ def _measured(path: Path, settings: Settings, model: str, held_out: Sequence[Row
     """Greedy accuracy on the held-out items, from `path` where it was measured before."""
     if path.exists():
         return orjson.loads(path.read_bytes())
-    _make(path.parent)
     started = time.monotonic()
     generator = chat.load(model, batch_size=64)
     outputs = generator.generate([item["messages"] for item in held_out], max_new_tokens=settings.max_new_tokens)

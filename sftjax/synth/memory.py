@@ -18,6 +18,7 @@ from typing import Any
 
 import orjson
 
+from sftjax.curate.output import write_text
 from sftjax.errors import ConfigError, StorageError
 from sftjax.lock import FolderLock
 
@@ -38,7 +39,7 @@ class Memory:
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]):
         self.folder = Path(folder)
-        self._settings = orjson.loads(orjson.dumps(settings, default=str))
+        self._settings = settings
         self.remembered = 0  # calls of an earlier run that weren't asked for yet
 
     def __enter__(self) -> Memory:
@@ -46,7 +47,7 @@ class Memory:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(str(self.folder))
             try:
-                self._compare_settings()
+                check_settings(self.folder, self._settings)
                 self._open()
             except BaseException:
                 self._lock.release()
@@ -58,22 +59,6 @@ class Memory:
     def __exit__(self, *exception) -> None:
         self._file.close()
         self._lock.release()
-
-    def _compare_settings(self) -> None:
-        path = self.folder / SETTINGS
-        if path.exists():
-            before = orjson.loads(path.read_bytes())
-            keys = sorted(set(before) | set(self._settings))
-            changed = [key for key in keys if before.get(key) != self._settings.get(key)]
-            if changed:
-                raise ConfigError(
-                    f"--output {self.folder} holds a run with another {', '.join(changed)}: give another folder, or "
-                    "remove this one"
-                )
-        else:
-            aside = path.with_suffix(".part")
-            aside.write_bytes(orjson.dumps(self._settings, option=orjson.OPT_INDENT_2))
-            aside.rename(path)
 
     def _open(self) -> None:
         path = self.folder / FILE
@@ -105,6 +90,24 @@ class Memory:
         self._file.flush()
         os.fsync(self._file.fileno())
         return orjson.loads(line)["result"]  # as a later run would find it
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes what a run was asked for into its folder, or compares it with what an earlier one was.
+
+    Raises:
+      ConfigError: they differ; names the settings that do.
+    """
+    path, now = folder / SETTINGS, orjson.loads(orjson.dumps(settings, default=str))
+    if not path.exists():
+        write_text(path, orjson.dumps(now, option=orjson.OPT_INDENT_2).decode())
+        return
+    before = orjson.loads(path.read_bytes())
+    changed = [key for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
+    if changed:
+        raise ConfigError(
+            f"--output {folder} holds a run with another {', '.join(changed)}: give another folder, or remove this one"
+        )
 
 
 def in_chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

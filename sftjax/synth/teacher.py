@@ -14,8 +14,10 @@ import http.client
 import json
 import os
 import random
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -122,6 +124,8 @@ class UrlTeacher:
     ):
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"--teacher_url {url}: must start with http:// or https://")
+        if "@" in urllib.parse.urlsplit(url).netloc:
+            raise ConfigError("--teacher_url holds a name or password, which would be written: use --api_key_env")
         if concurrency < 1 or retries < 0:
             raise ConfigError("--concurrency must be at least 1 and --retries at least 0")
         self._url, self._model, self.name = url.rstrip("/"), model, f"{url.rstrip('/')} {model}"
@@ -146,16 +150,18 @@ class UrlTeacher:
             "max_tokens": sampling.max_new_tokens,
         } | ({"stop": list(sampling.stop)} if sampling.stop else {})
         requests = [common | {"seed": seed_of(seed, number) % 2**31} | body for number, body in enumerate(bodies)]
+        failed = threading.Event()
         with ThreadPoolExecutor(max_workers=self._concurrency) as pool:
-            futures = [pool.submit(self._post, path, request) for request in requests]
+            futures = [pool.submit(self._post, path, request, failed) for request in requests]
             try:
                 return [future.result() for future in futures]
             except BaseException:
+                failed.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _post(self, path: str, body: dict) -> dict:
-        """The first choice of one request."""
+    def _post(self, path: str, body: dict, failed: threading.Event) -> dict:
+        """The first choice of one request; not tried again once another one has failed for good."""
         for attempt in range(self._retries + 1):
             pause = min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
             request = urllib.request.Request(self._url + path, json.dumps(body).encode(), self._headers)
@@ -170,6 +176,8 @@ class UrlTeacher:
                 pause = min(300.0, float(asked)) if asked.replace(".", "", 1).isdigit() else pause
             except (OSError, http.client.HTTPException, ValueError) as error:  # unreachable, broken off, not JSON
                 reason = str(getattr(error, "reason", "") or error) or type(error).__name__
+            if failed.is_set():
+                break
             if attempt < self._retries:
                 self._wait(pause)
         raise StorageError(

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 _WORDS = re.compile(r"[^\W_]+")
-# What a refusal or an apology starts with; only short answers are judged by it.
-_SORRY = re.compile(r"\b(sorry|i can(no|')t|i am unable|i'm unable|as an ai)\b", re.IGNORECASE)
+# What a refusal starts with ("sorry to hear" is sympathy); only short answers are judged by it.
+_SORRY = re.compile(r"\b(sorry(?! (to|for|about)\b)|i can(no|')t|i am unable|i'm unable|as an ai)\b", re.IGNORECASE)
+_START = 100  # characters
 _SHORT = 80  # words
 
 
@@ -76,8 +77,8 @@ class Novelty:
 
 
 def is_refusal(text: str) -> bool:
-    """A short answer that says sorry, or that it can't."""
-    return len(text.split()) < _SHORT and _SORRY.search(text.replace("’", "'")) is not None
+    """A short answer that starts with being sorry, or with what it can't."""
+    return len(text.split()) < _SHORT and _SORRY.search(text[:_START].replace("’", "'")) is not None
 
 
 def says_nothing(text: str) -> bool:

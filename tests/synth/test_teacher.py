@@ -86,6 +86,8 @@ def test_an_answer_of_another_protocol_is_refused():
 def test_settings_that_cannot_work():
     with pytest.raises(ConfigError, match="http"):
         UrlTeacher("localhost:8000", "m")
+    with pytest.raises(ConfigError, match="password"):
+        UrlTeacher("http://me:secret@localhost", "m")
     with pytest.raises(ConfigError, match="concurrency"):
         UrlTeacher("http://localhost", "m", concurrency=0)
 

@@ -51,6 +51,8 @@ def test_refusals_and_empty_answers():
     assert text.is_refusal("I can’t help with that.")
     assert not text.is_refusal("The word sorry, and then " + "more " * 90)
     assert not text.is_refusal("Paris.")
+    assert not text.is_refusal("I'm sorry to hear that! Rest, and drink a lot.")
+    assert not text.is_refusal("She went home. " * 8 + "Sorry, he said.")
     assert text.says_nothing("... it is the, and!")
     assert not text.says_nothing("It is Paris.")
 
