@@ -1,7 +1,8 @@
 """Figures of evaluations kept with a run, where its report finds them.
 
 `evaluations.jsonl` in the run's folder, a figure a line: {"name", "metric", "before", "after", "low", "high"}; the last
-two bound the difference (95 %), null where that isn't known. An evaluation takes the place of an earlier one of its name.
+two bound the difference (95 %), null where that isn't known. An evaluation takes an earlier one's place that has its
+name.
 """
 
 from __future__ import annotations
