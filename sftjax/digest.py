@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from sftjax import compat
+
 # Odd constants of the splitmix and murmur finalisers; any two unrelated odd pairs would do.
 MULTIPLIERS = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))
 
@@ -74,7 +76,8 @@ def digest(flat: Mapping[str, Any]) -> dict[str, str]:
     for path, leaf in flat.items():
         sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-        sums[path] = _jitted_digest(NamedSharding(mesh, PartitionSpec()) if mesh is not None else None)(leaf)
+        replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        sums[path] = compat.in_turn(_jitted_digest(replicated)(leaf))
     found = jax.device_get(sums)
     return {path: f"{signature(flat[path])} {value[0]:08x}{value[1]:08x}" for path, value in found.items()}
 

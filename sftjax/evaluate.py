@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sftjax import compat
 from sftjax.program import Program
 
 
@@ -56,7 +57,7 @@ def evaluate(program: Program, trainable, frozen, pipeline: Iterable, source_nam
     totals: dict[tuple[int, int, int], np.ndarray] = {}
     for batch, _, info in pipeline:
         examples = info.examples[0]
-        sums = program.eval_step(trainable, frozen, program.put(batch, info.rows, len(examples)))
+        sums = compat.in_turn(program.eval_step(trainable, frozen, program.put(batch, info.rows, len(examples))))
         sums = {name: np.asarray(_to_host(value), np.float64) for name, value in sums.items()}
         for row, segments in enumerate(examples):
             for segment, key in enumerate(segments):

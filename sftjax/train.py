@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from sftjax import config as config_lib
-from sftjax import finish, plan, runs, samples, stopping, topology, tree
+from sftjax import compat, finish, plan, runs, samples, stopping, topology, tree
 from sftjax.checkpoint import Checkpointer
 from sftjax.data import pipeline as pipelines
 from sftjax.errors import ConfigError, Diverged
@@ -167,7 +167,7 @@ def loop(job: Job, state, frozen, progress: Progress):
                 break
             batch = job.program.put(item.batch, item.info.rows, job.batch_rows)
             if compiled:
-                state, figures = job.program.train_step(state, frozen, batch)
+                state, figures = compat.in_turn(job.program.train_step(state, frozen, batch))
             else:
                 with job.stop.nothing_to_lose("compiling"):
                     state, figures = jax.block_until_ready(job.program.train_step(state, frozen, batch))
