@@ -1,8 +1,8 @@
 """Does it help? A task that a model fails; fine-tuning, best of N with its verifier, fine-tuning again; measured.
 
-    before --SFT on right answers--> first --n answers to new prompts, the verifier keeps right ones, SFT--> second
-      |                                |                                                                     |
-      +--------------- accuracy on the same held-out items, none of which is in any training set ------------+
+    before --SFT--> first --SFT--> second        SFT on right answers; then on the model's own answers to new prompts,
+      |               |              |           best of n, that the verifier finds right
+      +---------------+--------------+---------- accuracy on the same held-out items, none of which is trained on
 
 Tasks are reasoning-gym's, made from seeds. Each training is the main program in a process of its own. What is done is
 kept: the same command goes on where it stopped.
@@ -34,7 +34,8 @@ from sftjax.synth.teacher import Sampling
 
 _MAY_CHANGE = ("output", "seeds", "control")  # between two runs in one folder
 ROOT = Path(__file__).resolve().parents[2]
-HELD_OUT_SEED, TRAIN_SEED = 1_000_000, 1  # of the task's generator; runs count from the second
+# Of the task's generator. Its item n under seed s is item n - 1 under s + 1: seeds have to lie far apart.
+HELD_OUT_SEED, SEED_DISTANCE = 1_000_000_000, 1_000_000
 STAGES = {
     "before": "before",
     "first": "after SFT",
@@ -88,7 +89,7 @@ def improve(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     base = _measured(folder / "before.json", settings, settings.model, held_out, say)
     seeds = []
     for seed in settings.seeds:
-        items = make_items(settings, TRAIN_SEED + seed, settings.first + settings.second, known)
+        items = make_items(settings, 1 + SEED_DISTANCE * seed, settings.first + settings.second, known)
         stages = {"before": base} | _one_seed(settings, folder / f"seed-{seed}", seed, items, held_out, say)
         seeds.append({"seed": seed, **stages})
     result = {"settings": dataclasses.asdict(settings), "seeds": seeds, "gains": _gains(seeds)}
@@ -127,7 +128,12 @@ def _item(entry: Mapping[str, Any], system: str) -> Row:
 
 
 def _one_seed(
-    settings: Settings, folder: Path, seed: int, items: Sequence[Row], held_out: Sequence[Row], say
+    settings: Settings,
+    folder: Path,
+    seed: int,
+    items: Sequence[Row],
+    held_out: Sequence[Row],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     _make(folder)
     first, prompts = items[: settings.first], items[settings.first :]
@@ -135,7 +141,7 @@ def _one_seed(
     write_lines(folder / "first.jsonl", rows)
     write_lines(folder / "prompts.jsonl", prompts)
     say(f"seed {seed}: training on {len(rows)} right answers")
-    model, seconds = _train(settings, folder / "first", settings.model, [folder / "first.jsonl"], seed, say)
+    model, seconds = _train(settings, folder / "first", settings.model, folder / "first.jsonl", seed, say)
     stages = {"first": _measured(folder / "first.json", settings, model, held_out, say) | {"train_seconds": seconds}}
     started = time.monotonic()
     report = run.synthesize(
@@ -159,13 +165,12 @@ def _one_seed(
         "mean_reward": report["reward"]["answers"].get("mean"),
         "seconds": round(time.monotonic() - started, 1),
     }
-    data = [folder / "first.jsonl", kept]
-    second, seconds = _train(settings, folder / "second", model, data, seed, say)
+    second, seconds = _train(settings, folder / "second", model, kept, seed, say)
     stages["second"] = _measured(folder / "second.json", settings, second, held_out, say) | {"train_seconds": seconds}
     if settings.control:
         steps = orjson.loads((folder / "second" / "summary.json").read_bytes())["steps"]
         extra = (f"--config.train.max_steps={steps}",)
-        longer, seconds = _train(settings, folder / "control", model, data[:1], seed, say, extra)
+        longer, seconds = _train(settings, folder / "control", model, folder / "first.jsonl", seed, say, extra)
         found = _measured(folder / "control.json", settings, longer, held_out, say)
         stages["control"] = found | {"train_seconds": seconds}
     return stages
@@ -182,13 +187,18 @@ def _make(folder: Path) -> None:
 
 
 def _train(
-    settings: Settings, folder: Path, model: str, data: Sequence[Path], seed: int, say, extra: Sequence[str] = ()
+    settings: Settings,
+    folder: Path,
+    model: str,
+    data: Path,
+    seed: int,
+    say: Callable[[str], None],
+    extra: Sequence[str] = (),
 ) -> tuple[str, float]:
     """The main program in a child process, unless it has run; returns (the exported model, seconds it took)."""
     export, started = folder / "export", time.monotonic()
     if not (export / "config.json").exists():
-        sources = "(" + ", ".join(repr(str(path)) for path in data) + ",)"
-        fields = {"model.path": model, "data.train": sources, "run_dir": str(folder), "seed": seed}
+        fields = {"model.path": model, "data.train": repr((str(data),)), "run_dir": str(folder), "seed": seed}
         command = [sys.executable, "-m", "sftjax.main", f"--config={ROOT / 'configs' / 'improve.py'}"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
         done = subprocess.run([*command, *settings.train, *extra], cwd=ROOT)
@@ -200,7 +210,9 @@ def _train(
     return str(export), seconds
 
 
-def _measured(path: Path, settings: Settings, model: str, held_out: Sequence[Row], say) -> dict[str, Any]:
+def _measured(
+    path: Path, settings: Settings, model: str, held_out: Sequence[Row], say: Callable[[str], None]
+) -> dict[str, Any]:
     """Greedy accuracy on the held-out items, from `path` where it was measured before."""
     if path.exists():
         return orjson.loads(path.read_bytes())

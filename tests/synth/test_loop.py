@@ -54,6 +54,8 @@ def test_items_are_disjoint_and_made_from_their_seed(tmp_path):
     assert len(questions) == 50 and len({item["question"] for item in train} - questions) == 60
     assert train == loop.make_items(settings(tmp_path), 1, 60, questions)
     assert train[0]["messages"][0] == {"role": "system", "content": "Add."}
+    other = loop.make_items(settings(tmp_path), 1 + loop.SEED_DISTANCE, 60, questions)
+    assert len({item["question"] for item in train + other}) > 80, "other seeds draw other items, of 360 or so"
     with pytest.raises(ConfigError, match="different items"):
         loop.make_items(settings(tmp_path), 1, 1000, questions)
     with pytest.raises(ConfigError, match="no_such_task"):
