@@ -285,10 +285,12 @@ class Checkpointer:
         return step if rank > -math.inf else None
 
     def _read_metrics(self, step: int) -> Any:
-        try:
-            return json.loads((self._directory / str(step) / "metrics" / "metadata").read_text())
-        except (OSError, ValueError):  # costs it the rank only; restore() finds it damaged
-            return None
+        for name in ("metrics", "metadata"):  # Orbax names a document's file by what kind of item it takes it for
+            try:
+                return json.loads((self._directory / str(step) / "metrics" / name).read_text())
+            except (OSError, ValueError):
+                continue
+        return None  # costs it the rank only; restore() finds it damaged
 
     # -- restoring
 

@@ -127,7 +127,11 @@ def defaults() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.eval_steps = 0  # 0: only before and after training
     config.eval.batch_size = 0  # 0: the size of a training micro-batch
-    config.eval.early_stopping_patience = 0  # evaluations without a better eval_loss; 0: off
+    config.eval.early_stopping_patience = 0  # evaluations without a better metric; 0: off
+    config.eval.metric_for_best_model = "eval_loss"  # decides when to stop early, and which checkpoint is exported
+    config.eval.greater_is_better = False
+    config.eval.forgetting = ()  # sources of plain text, whose loss is followed from the start; as data.eval
+    config.eval.kl_tokens = 0  # answer tokens at which KL to the base is measured (4 bytes x vocabulary each, kept)
     config.eval.prompts = ""  # file of prompts answered at each evaluation; empty: from the held-out rows
     config.eval.num_samples = 3
     config.eval.max_new_tokens = 64

@@ -7,26 +7,26 @@ its log-probabilities are computed once and kept: `[N, V]` float32, 200 kB a tok
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from sftjax.data.types import Sample
 from sftjax.models import decoder
 
 PER_SAMPLE = 32  # tokens of one sample at most, so that a few long ones aren't all that is looked at
 _LENGTH = 128  # padded lengths are multiples of this
 
 
-def places(samples: Sequence[Sample], tokens: int, max_length: int = 2048) -> list[tuple[int, np.ndarray]]:
+def places(samples: Sequence[Any], tokens: int, max_length: int = 2048) -> list[tuple[int, np.ndarray]]:
     """Which tokens are looked at: (number of the sample, positions before its first trained tokens), `tokens` in all.
 
     Args:
-      max_length: samples are looked at so far.
+      samples: `data.types.Sample`s.
+      max_length: they are looked at so far.
     """
     chosen, left = [], tokens
     for number, sample in enumerate(samples):
@@ -40,23 +40,13 @@ def places(samples: Sequence[Sample], tokens: int, max_length: int = 2048) -> li
 
 
 def log_probabilities(
-    config, runtime: decoder.Runtime, variables, samples: Sequence[Sample], tokens: int, *, max_length: int = 2048
+    config, runtime: decoder.Runtime, variables, samples: Sequence[Any], tokens: int, *, max_length: int = 2048
 ) -> np.ndarray:
     """f32 `[N, V]`: log-probabilities of the next token at `places`; N is `tokens` or fewer.
 
     Sharded models give it to every process whole.
     """
     runtime = runtime.replace(remat="none")
-    whole = None if runtime.mesh is None else NamedSharding(runtime.mesh, PartitionSpec())
-
-    def compute(variables, tokens_1xL, where):
-        positions = jnp.arange(tokens_1xL.shape[1], dtype=jnp.int32)[None]
-        ones = jnp.ones_like(tokens_1xL)
-        hidden, _ = decoder.hidden_states(config, runtime, variables, tokens_1xL, positions, ones)
-        logits = decoder.logits(config, runtime, variables, hidden[0, where])
-        return jax.nn.log_softmax(logits[:, : config.valid_vocab or config.vocab_size], axis=-1)
-
-    compute = jax.jit(compute) if whole is None else jax.jit(compute, out_shardings=whole)
     parts = []
     for number, where in places(samples, tokens, max_length):
         ids = samples[number].tokens[:max_length]
@@ -64,8 +54,16 @@ def log_probabilities(
         padded[0, : len(ids)] = ids  # what is behind doesn't change what is before
         at = np.zeros(PER_SAMPLE, np.int32)
         at[: len(where)] = where
-        parts.append(np.asarray(compute(variables, padded, at))[: len(where)])
+        parts.append(np.asarray(_compute(config, runtime, variables, padded, at))[: len(where)])
     return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compute(config, runtime, variables, tokens_1xL, where):
+    positions = jnp.arange(tokens_1xL.shape[1], dtype=jnp.int32)[None]
+    hidden, _ = decoder.hidden_states(config, runtime, variables, tokens_1xL, positions, jnp.ones_like(tokens_1xL))
+    logits = decoder.logits(config, runtime, variables, hidden[0, where])[:, : config.valid_vocab or config.vocab_size]
+    return runtime.constrain(jax.nn.log_softmax(logits, axis=-1), None, None)
 
 
 def kl(base_NxV: np.ndarray, model_NxV: np.ndarray) -> float:

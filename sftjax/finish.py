@@ -31,7 +31,7 @@ def finish(job, state, frozen) -> None:
     config = job.config
     state, step = chosen_state(job, state)
     summary: dict[str, Any] = {"steps": int(state.step), "exported_step": step}
-    summary |= compare_held_out(job, step)
+    summary |= compare_held_out(job, step) | compare_plain_text(job, step)
     if config.export.enabled:
         summary["export"] = job.folder.file("export")
         summary["verification"] = export_and_verify(job, state, frozen, summary["export"])
@@ -49,12 +49,22 @@ def finish(job, state, frozen) -> None:
         print(doctor.text(findings))
 
 
+def open_checkpoints(job) -> Checkpointer:
+    """The run's checkpoints, with the metric that says which one is best."""
+    return Checkpointer(
+        job.folder.checkpoints,
+        keep=job.config.checkpoint.save_total_limit,
+        metric=job.config.eval.metric_for_best_model,
+        greater_is_better=job.config.eval.greater_is_better,
+    )
+
+
 def chosen_state(job, state):
-    """The state to export, and its step: the best by held-out loss, or the last."""
-    last = int(state.step)
-    if job.config.export.checkpoint == "last" or job.held_out is None:
+    """The state to export, and its step: the best by `eval.metric_for_best_model`, or the last."""
+    last, metric = int(state.step), job.config.eval.metric_for_best_model
+    if job.config.export.checkpoint == "last" or not job.measures:
         return state, last
-    with Checkpointer(job.folder.checkpoints, keep=job.config.checkpoint.save_total_limit, metric="eval_loss") as saved:
+    with open_checkpoints(job) as saved:
         best = saved.best_step()
         if best is None or best == last:
             return state, last
@@ -75,6 +85,20 @@ def compare_held_out(job, step: int) -> dict[str, Any]:
         "difference_95": [low, high],
         "held_out_examples": len(after.keys),
         "held_out_trained_tokens": int(after.trained.sum()),
+    }
+
+
+def compare_plain_text(job, step: int) -> dict[str, Any]:
+    """Loss on held-out plain text before and after: what was forgotten."""
+    before, after = (load_evaluation(job.folder.file(f"plain-text-{number}.npz")) for number in (0, step))
+    if before is None or after is None:
+        return {}
+    difference, low, high = bootstrap_difference(before, after)
+    return {
+        "plain_text_loss_before": before.loss,
+        "plain_text_loss_after": after.loss,
+        "plain_text_difference": difference,
+        "plain_text_difference_95": [low, high],
     }
 
 
@@ -212,6 +236,13 @@ def say(job, summary: dict[str, Any]) -> None:
             f"held-out response loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after "
             f"(difference {summary['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, over "
             f"{summary['held_out_examples']} conversations never trained on)"
+        )
+    if "plain_text_loss_before" in summary:
+        low, high = summary["plain_text_difference_95"]
+        print(
+            f"plain text loss: {summary['plain_text_loss_before']:.4f} before, {summary['plain_text_loss_after']:.4f} "
+            f"after (difference {summary['plain_text_difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}): "
+            "above 0 is what was forgotten"
         )
     say_samples(job)
     if "export" in summary:

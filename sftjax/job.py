@@ -51,8 +51,14 @@ class Job:
     batching: dict[str, Any]  # how samples become batches
     batch_rows: int  # rows of a micro-batch, over all devices
     prompts: list[list[dict[str, Any]]]  # conversations whose next answer is sampled
+    plain_text: Mixture | None  # held out, to see what is forgotten
     preflight: preflights.Preflight | None  # whose ledger is completed while training runs
     stop: stopping.StopSignal | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything was held out."""
+        return self.held_out is not None or self.plain_text is not None
 
 
 def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence[str]) -> Job:
@@ -61,6 +67,8 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
         config.model.path, chat_template=config.model.chat_template, end_of_turn=config.model.end_of_turn
     )
     mixture, held_out = open_data(config, opened.tokenizer)
+    plain_text = open_plain_text(config, opened.tokenizer)
+    check_metric(config, held_out, plain_text)
     mesh = meshes.make({axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor", "context", "expert")})
     batching = batching_options(config, mesh)
 
@@ -106,6 +114,7 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
         batching,
         batching["flat_rows"] if config.data.packing == "padding_free" else batching["batch_size"],
         samples.choose_prompts(config.eval.prompts, held_out, config.eval.num_samples),
+        plain_text,
         None if keep else report,
     )
 
@@ -134,27 +143,50 @@ def source_spec(entry: Any) -> dict[str, Any]:
     return {"path": entry} if isinstance(entry, str) else dict(entry)
 
 
+def ingredient(config: config_lib.ConfigDict, tokenizer, entry: Any, *, format: str) -> Ingredient:
+    """A source and how its rows are encoded, from an entry such as those of `data.train`."""
+    spec = source_spec(entry)
+    encode = RowEncoder(
+        tokenizer,
+        format=spec.pop("format", format),
+        fields=spec.pop("fields", {}),
+        train_on=config.data.train_on,
+        on_mask_error=config.data.on_mask_error,
+    )
+    weight, loss_weight = spec.pop("weight", 1.0), spec.pop("loss_weight", 1.0)
+    return Ingredient(open_source(spec), encode, weight=weight, loss_weight=loss_weight)
+
+
+def open_plain_text(config: config_lib.ConfigDict, tokenizer) -> Mixture | None:
+    """The plain text of `eval.forgetting` (None without)."""
+    sources = [ingredient(config, tokenizer, entry, format="text") for entry in config.eval.forgetting]
+    if config.data.max_eval_rows:
+        sources = subsets.first_rows(sources, config.data.max_eval_rows)
+    return Mixture(sources, shuffle=False, epochs=1) if sources else None
+
+
+def check_metric(config: config_lib.ConfigDict, held_out: Mixture | None, plain_text: Mixture | None) -> None:
+    """Raises ConfigError where the metric that the best checkpoint is chosen by won't be measured."""
+    measured: list[str] = []
+    if held_out is not None:
+        measured += ["eval_loss", "eval_perplexity", "eval_mean_token_accuracy"]
+        measured += [f"eval_loss/{name}" for name in held_out.names] if len(held_out.names) > 1 else []
+        measured += ["kl_to_base"] if config.eval.kl_tokens else []
+    if plain_text is not None:
+        measured += ["plain_text_loss", "plain_text_perplexity"]
+    if measured and config.eval.metric_for_best_model not in measured:
+        raise ConfigError(
+            f"eval.metric_for_best_model={config.eval.metric_for_best_model!r} is not measured in this run; measured "
+            f"are {', '.join(measured)}"
+        )
+
+
 def open_data(config: config_lib.ConfigDict, tokenizer) -> tuple[Mixture, Mixture | None]:
     """The training mixture and the held-out one (None without)."""
-
-    def ingredient(entry: Any, *, rows: str = "", **options: Any) -> Ingredient:
-        spec = source_spec(entry)
-        if rows:
-            spec["rows"] = rows
-        encode = RowEncoder(
-            tokenizer,
-            format=spec.pop("format", config.data.format),
-            fields=spec.pop("fields", {}),
-            train_on=config.data.train_on,
-            on_mask_error=config.data.on_mask_error,
-        )
-        weight, loss_weight = spec.pop("weight", 1.0), spec.pop("loss_weight", 1.0)
-        return Ingredient(open_source(spec), encode, weight=weight, loss_weight=loss_weight, **options)
-
     train_entries, eval_entries = config.data.train, config.data.eval
     epochs = None if config.train.max_steps else config.train.num_train_epochs
-    train_sources = [ingredient(entry) for entry in train_entries]
-    held_sources = [ingredient(entry) for entry in eval_entries]
+    train_sources = [ingredient(config, tokenizer, entry, format=config.data.format) for entry in train_entries]
+    held_sources = [ingredient(config, tokenizer, entry, format=config.data.format) for entry in eval_entries]
     if config.data.eval_fraction and not held_sources:
         train_sources, held_sources = subsets.hold_out(train_sources, config.data.eval_fraction, config.seed)
     if config.data.max_eval_rows:

@@ -75,7 +75,7 @@ class Run:
         self.verification = self._json("verification.json") or self._json("export/verification.json")
         metrics = self._lines("metrics.jsonl")
         self.train = [line for line in metrics if "loss" in line]
-        self.evals = [line for line in metrics if "eval_loss" in line]
+        self.evals = [line for line in metrics if "eval_loss" in line or "plain_text_loss" in line]
         self.timing = self._lines("timing.jsonl")
         self.samples = self._lines("samples.jsonl")
         self.masks = self._lines("masks.jsonl")

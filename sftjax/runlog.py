@@ -74,10 +74,15 @@ class RunLog:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         if self._on:
             self._metrics.log(step, values)
-            self.say(
-                f"step {step}: held-out loss {values['eval_loss']:.4f}, perplexity {values['eval_perplexity']:.2f}, "
-                f"accuracy {values['eval_mean_token_accuracy']:.3f}"
-            )
+            parts = []
+            if "eval_loss" in values:
+                parts.append(f"held-out loss {values['eval_loss']:.4f}, perplexity {values['eval_perplexity']:.2f}")
+                parts.append(f"accuracy {values['eval_mean_token_accuracy']:.3f}")
+            if "plain_text_loss" in values:
+                parts.append(f"plain text {values['plain_text_loss']:.4f}")
+            if "kl_to_base" in values:
+                parts.append(f"KL to the base {values['kl_to_base']:.4f}")
+            self.say(f"step {step}: {', '.join(parts)}")
 
     def samples(self, step: int, answers: list[dict[str, Any]]) -> None:
         if self._on:

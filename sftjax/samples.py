@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sftjax import divergence
 from sftjax.data import formats
-from sftjax.data.types import RowError
+from sftjax.data.types import RowError, Sample
 from sftjax.errors import DataError
 from sftjax.generate import sample
 
@@ -67,6 +68,20 @@ def read_prompts(path: str) -> list[Conversation]:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f'{path}:{number}: give {{"prompt": ...}} or {{"messages": [...]}} on each line') from error
     return prompts
+
+
+def first_samples(held_out, tokens: int) -> list[Sample]:
+    """The first samples of held-out rows, as many as have so many trained tokens (32 of each count at most)."""
+    chosen: list[Sample] = []
+    for number, ingredient in enumerate(held_out.ingredients):
+        for row in range(len(ingredient.source)):
+            if sum(len(where) for _, where in divergence.places(chosen, tokens)) >= tokens:
+                return chosen
+            try:
+                chosen += ingredient.encode(ingredient.source[row], row, number)
+            except RowError:
+                continue
+    return chosen
 
 
 def answer(program, variables, tokenizer, prompts: list[Conversation], settings) -> list[dict[str, Any]]:

@@ -19,9 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from sftjax import compat, divergence, finish, plan, runs, samples, stopping, topology, tree
 from sftjax import config as config_lib
-from sftjax import compat, finish, plan, runs, samples, stopping, topology, tree
-from sftjax.checkpoint import Checkpointer
 from sftjax.data import pipeline as pipelines
 from sftjax.errors import ConfigError, Diverged
 from sftjax.evaluate import Evaluation, Patience, evaluate
@@ -112,17 +111,13 @@ class Progress:
 # --- restore -------------------------------------------------------------------------------------------------------
 
 
-def checkpointer(job: Job) -> Checkpointer:
-    return Checkpointer(job.folder.checkpoints, keep=job.config.checkpoint.save_total_limit, metric="eval_loss")
-
-
 def restore(job: Job):
     """Reads the weights, and the newest sound checkpoint if there is one.
 
     Returns:
       (state, frozen leaves, progress).
     """
-    with checkpointer(job) as checkpoints:
+    with finish.open_checkpoints(job) as checkpoints:
         restored = checkpoints.restore(job.program.abstract_state)
     if restored is None:
         job.folder.cut_back(None)
@@ -150,7 +145,7 @@ def loop(job: Job, state, frozen, progress: Progress):
     rows = job.program.local_rows(job.batch_rows)
     patience = Patience(config.eval.early_stopping_patience, progress.best, progress.waited)
     with (
-        checkpointer(job) as checkpoints,
+        finish.open_checkpoints(job) as checkpoints,
         ledger_completed(job),
         open_log(job, progress.step) as log,
         train_pipeline(job, rows, progress.position) as pipeline,
@@ -296,9 +291,10 @@ def record(job: Job, progress: Progress, pending, log) -> None:
 def save(job: Job, checkpoints, state, frozen, progress: Progress, patience: Patience, log, evaluating: bool) -> bool:
     """Evaluates if it is time to, and saves. Returns whether to stop early."""
     stop_early, figures = False, {}
-    if evaluating and job.held_out is not None:
+    if evaluating and job.measures:
         figures = measure(job, state, frozen, log, progress.step)
-        stop_early = patience.update(figures["eval_loss"])
+        value = figures[job.config.eval.metric_for_best_model]
+        stop_early = patience.update(-value if job.config.eval.greater_is_better else value)
         progress.best, progress.waited = patience.best, patience.waited
     log.flush()
     with log.throughput.pause():
@@ -307,24 +303,57 @@ def save(job: Job, checkpoints, state, frozen, progress: Progress, patience: Pat
 
 
 def measure(job: Job, state, frozen, log, step: int) -> dict[str, float]:
-    """Held-out loss and sampled answers, written down; the evaluation's figures."""
-    if job.held_out is None:
+    """What was held out, evaluated and written down, with sampled answers; the evaluation's figures."""
+    if not job.measures:
         return {}
     with log.throughput.pause():
-        evaluation = evaluate_held_out(job, state, frozen)
-        evaluation_to_file(job, evaluation, step)
-        log.evaluation(step, evaluation.metrics())
-        variables = tree.merge(state.trainable, frozen)
+        variables, figures = tree.merge(state.trainable, frozen), {}
+        if job.held_out is not None:
+            evaluation = evaluate_held_out(job, job.held_out, state, frozen)
+            evaluation_to_file(job, evaluation, f"evaluation-{step}")
+            figures |= evaluation.metrics()
+        if job.plain_text is not None:
+            evaluation = evaluate_held_out(job, job.plain_text, state, frozen)
+            evaluation_to_file(job, evaluation, f"plain-text-{step}")
+            metrics = evaluation.metrics()
+            figures |= {f"plain_text_{name}": metrics[f"eval_{name}"] for name in ("loss", "perplexity")}
+        figures |= measure_drift(job, variables, step)
+        log.evaluation(step, figures)
         log.samples(step, samples.answer(job.program, variables, job.opened.tokenizer, job.prompts, job.config.eval))
-    return evaluation.metrics()
+    return figures
 
 
-def evaluate_held_out(job: Job, state, frozen) -> Evaluation:
+def measure_drift(job: Job, variables, step: int) -> dict[str, float]:
+    """KL to the base at the first answer tokens of the held-out samples; what the base says there is kept in a file."""
+    count = job.config.eval.kl_tokens
+    if not count or job.held_out is None:
+        return {}
+    path = job.folder.file("base-log-probabilities.npz")
+    if step and not os.path.exists(path):
+        if job.config.eval.metric_for_best_model == "kl_to_base":
+            raise ConfigError(
+                "eval.metric_for_best_model='kl_to_base' must be set from a run's start: the base is gone"
+            )
+        return {}
+    program = job.program
+    chosen = samples.first_samples(job.held_out, count)
+    values = divergence.log_probabilities(
+        program.config, program.runtime, variables, chosen, count, max_length=job.config.data.max_length
+    )
+    if step == 0:
+        if jax.process_index() == 0:
+            np.savez(path, values=values)
+        return {"kl_to_base": 0.0}
+    with np.load(path, allow_pickle=False) as file:
+        return {"kl_to_base": divergence.kl(file["values"], values)}
+
+
+def evaluate_held_out(job: Job, mixture, state, frozen) -> Evaluation:
     """Held-out loss, in rows of `max_length` tokens: figures are by example, so packing doesn't change them."""
     rows = job.config.eval.batch_size or job.batching["batch_size"]
     strategy = job.batching["packing_strategy"]
     pipeline = pipelines.build_eval(
-        job.held_out,
+        mixture,
         batch_size=rows,
         packing_strategy="best_fit" if strategy == "padding_free" else strategy,
         max_segments=job.config.data.max_segments,
@@ -332,11 +361,11 @@ def evaluate_held_out(job: Job, state, frozen) -> Evaluation:
         **{name: job.batching[name] for name in ("length", "static_lengths", "overlong")},
     )
     with pipeline:
-        return evaluate(job.program, state.trainable, frozen, pipeline, job.held_out.names)
+        return evaluate(job.program, state.trainable, frozen, pipeline, mixture.names)
 
 
-def evaluation_to_file(job: Job, evaluation: Evaluation, step: int) -> None:
+def evaluation_to_file(job: Job, evaluation: Evaluation, name: str) -> None:
     """Per-example sums, so that the difference to the end can be judged after a resume too."""
     if jax.process_index() == 0:
-        path = job.folder.file(f"evaluation-{step}.npz")
+        path = job.folder.file(f"{name}.npz")
         np.savez(path, **{f.name: getattr(evaluation, f.name) for f in dataclasses.fields(evaluation)})

@@ -12,13 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports only go to a later line; names on one line don't import each other. (A package may import within itself.)
 LAYERS = [
-    {"main", "convert", "chat", "inference", "plan_scaling", "assess"},
+    {"main", "convert", "chat", "inference", "plan_scaling", "assess", "bench_methods"},
+    {"sweep"},
     {"train", "plan_search", "bench", "serve", "synth"},
     {"plan"},
     {"job"},
     {"chat", "finish", "inference"},
-    {"doctor", "evaluate", "divergence", "loading", "samples", "score", "runlog", "topology"},
-    {"generate", "report", "costs"},
+    {"doctor", "evaluate", "loading", "samples", "score", "runlog", "topology"},
+    {"generate", "report", "costs", "divergence"},
     {"program"},
     {"step"},
     {"optim", "metrics", "checkpoint", "runs", "stopping", "weights"},
@@ -33,9 +34,9 @@ LAYERS = [
 EVERYBODY = {"errors"}
 # each with the wings it may use beside numpy, Grain and the tokenizer
 WINGS = {"data": set(), "curate": {"data"}, "scorers": {"data", "curate"}}
-USE_WINGS = set().union(*LAYERS[:6])
+USE_WINGS = set().union(*LAYERS[:7])
 # the others take plain arguments
-USE_CONFIG = {"main", "train", "job", "plan", "plan_search", "plan_scaling", "bench", "finish", "convert"}
+USE_CONFIG = {"main", "sweep", "train", "job", "plan", "plan_search", "plan_scaling", "bench", "finish", "convert"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 BANNED_MODULES = {

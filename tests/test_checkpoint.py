@@ -141,6 +141,8 @@ def test_latest_and_best_are_kept_and_recorded(tmp_path):
         assert checkpointer.restore(make_state()[1], step=checkpointer.best_step()).step == 2
     assert sorted(os.listdir(tmp_path)) == ["2", "5", "6", "BEST", "LATEST"]
     assert (tmp_path / "BEST").read_text() == "2\n" and (tmp_path / "LATEST").read_text() == "6\n"
+    with Checkpointer(tmp_path, keep=2) as again:  # as at the end of a run, and of one that went on
+        assert again.best_step() == 2
 
 
 def test_greater_can_be_better(tmp_path):
