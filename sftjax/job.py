@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sftjax import config as config_lib
-from sftjax import loading, optim, program, runs, samples, stopping, tree
+from sftjax import costs, loading, optim, program, runs, samples, stopping, tree
 from sftjax.data import preflight as preflights
 from sftjax.data import preview, rendering, subsets
 from sftjax.data.encode import RowEncoder
@@ -361,8 +361,8 @@ def write_masks(folder: runs.RunFolder, mixture: Mixture, tokenizer, count: int 
 
 
 def describe_model(config, opened: loading.Opened, job_program: program.Program) -> dict[str, Any]:
-    """What the doctor wants to know about the model: sizes, stop tokens, and what stands around an answer, in the
-    template of the run and (where the run has another one) in the model's own."""
+    """What the doctor wants to know about the model: sizes (bytes are those of a device), stop tokens, and what stands
+    around an answer, in the template of the run and (where the run has another one) in the model's own."""
 
     def around(tokenizer) -> list[str] | None:
         with contextlib.suppress(rendering.TemplateError):
@@ -374,6 +374,11 @@ def describe_model(config, opened: loading.Opened, job_program: program.Program)
         own = around(loading.open_model(config.model.path).tokenizer)
     return {
         "parameters": job_program.count(),
+        "bytes": {
+            "trained": costs.local_bytes(job_program.abstract_state.trainable),
+            "optimizer": costs.local_bytes(job_program.abstract_state.opt_state),
+            "frozen": costs.local_bytes(job_program.abstract_frozen),
+        },
         "stop_ids": list(opened.tokenizer.stop_ids),
         "around_an_answer": {"in_training": trained_with, "in_the_base": own},
     }
