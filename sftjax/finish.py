@@ -36,7 +36,7 @@ def finish(job, state, frozen) -> None:
         summary["export"] = job.folder.file("export")
         summary["verification"] = export_and_verify(job, state, frozen, summary["export"])
     if "adapter" in state.trainable:
-        summary["adapters"] = count_adapters(state.trainable["adapter"], job.program.mesh)
+        summary["adapters"] = count_adapters(tree.merge(state.trainable, frozen)["adapter"], job.program.mesh)
     job.folder.write_json("summary.json", summary)
     findings = doctor.diagnose(job.folder.path)
     job.folder.write_json("doctor.json", {"findings": [finding._asdict() for finding in findings]})
@@ -68,7 +68,8 @@ def chosen_state(job, state):
         best = saved.best_step()
         if best is None or best == last:
             return state, last
-        print(f"step {best} had the lowest held-out loss and is exported (the last is {last})")
+        what = {"eval_loss": "lowest held-out loss"}.get(metric, f"best {metric}")
+        print(f"step {best} had the {what} and is exported (the last is {last})")
         return saved.restore(job.program.abstract_state, best).state, best
 
 
@@ -163,14 +164,20 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
 
 def count_adapters(adapter: dict[str, Any], mesh) -> dict[str, int]:
     """How many adapters there are, and how many of them still add nothing: their last matrix is as it began, 0."""
-    last = {path: leaf for path, leaf in tree.flatten(adapter).items() if path.endswith(("/lora_B", "/up/weight"))}
+    leaves = tree.flatten(adapter)
+    last = {path: leaf for path, leaf in leaves.items() if path.endswith(("/lora_B", "/up/weight"))}
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def used(leaves):
         return jax.tree.map(lambda leaf: jnp.any(leaf != 0, axis=(-2, -1)), leaves)
 
-    flags = [np.asarray(flag) for flag in used(last).values()]
-    return {"count": sum(flag.size for flag in flags), "zero": sum(int((~flag).sum()) for flag in flags)}
+    count = zero = 0
+    for path, flags in used(last).items():
+        scale = leaves.get(path.removesuffix("/lora_B") + "/scale")
+        # a scale of 0 is that of a layer without this adapter
+        there = np.ones(len(flags), bool) if scale is None else np.asarray(scale) != 0
+        count, zero = count + np.asarray(flags)[there].size, zero + int((~np.asarray(flags)[there]).sum())
+    return {"count": count, "zero": zero}
 
 
 def plain_params(job, variables) -> tuple[Any, str | None]:

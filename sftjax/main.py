@@ -14,6 +14,9 @@ from sftjax.errors import ConfigError, exit_with_message
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg): FILE.py[:ARG].")
 _RESUME = flags.DEFINE_string("resume", None, "Continue this run folder, with the configuration saved in it.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Do everything up to the first step, report it, and exit.")
+_SWEEP = flags.DEFINE_string(
+    "sweep", "", 'One run for each combination: "train.learning_rate=1e-5|2e-5;peft.r=8|16", compared in sweep.html.'
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where no cluster tells it.")
 _PROCESSES = flags.DEFINE_integer("processes", 0, "With --coordinator: how many processes there are.")
 _PROCESS = flags.DEFINE_integer("process", -1, "With --coordinator: which of them this is, from 0.")
@@ -65,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
     config = read_config()
     if not (config or _RESUME.value):
         raise ConfigError("give --config=configs/NAME.py, or --resume=RUN_FOLDER")
+    if _SWEEP.value and (_RESUME.value or not config):
+        raise ConfigError("--sweep goes with --config; the same command continues a sweep")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches
     sys.stdout.reconfigure(line_buffering=True)  # so that it stays in order with the progress line on stderr
@@ -73,6 +78,10 @@ def main(argv: Sequence[str]) -> int:
     distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _RESUME.value:
         return train.resume(_RESUME.value, config=config, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
+    if _SWEEP.value:
+        from sftjax import sweep
+
+        return sweep.run(config, _SWEEP.value, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
     return train.run(config, allow=_ALLOW.value, dry_run=_DRY_RUN.value)
 
 

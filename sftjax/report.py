@@ -35,7 +35,7 @@ def write(folder: str) -> str:
       StorageError: it can't be written.
     """
     path = f"{folder}/report.html"
-    text = _templates().get_template("report.html.j2").render(page(folder))
+    text = templates().get_template("report.html.j2").render(page(folder))
     try:
         with fsspec.open(path, "w", encoding="utf-8") as file:
             file.write(text)
@@ -46,10 +46,10 @@ def write(folder: str) -> str:
 
 def model_card(folder: str) -> str:
     """The README.md of the exported model, from the run's own numbers (no paths of this machine in it)."""
-    return _templates().get_template("model_card.md.j2").render(_card(Run(folder)))
+    return templates().get_template("model_card.md.j2").render(_card(Run(folder)))
 
 
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sftjax", "."),
         autoescape=jinja2.select_autoescape(("html.j2",)),
@@ -202,30 +202,30 @@ def _charts(run: Run) -> list[dict[str, Any]]:
     held_out = of(run.evals, "eval_loss", "held-out", "b", dots=True)
     accuracy = of(run.train, "mean_token_accuracy", "training", "a")
     charts = [
-        _chart("Loss", "nats per trained token", [*lines, held_out]),
-        _chart(
+        chart("Loss", "nats per trained token", [*lines, held_out]),
+        chart(
             "Token accuracy",
             "share of trained tokens guessed right",
             [accuracy, of(run.evals, "eval_mean_token_accuracy", "held-out", "b", dots=True)],
         ),
-        _chart("Gradient norm", "before clipping", [of(run.train, "grad_norm", "gradient norm", "c")], from_zero=True),
-        _chart("Learning rate", "", [of(run.train, "learning_rate", "learning rate", "d")], from_zero=True),
+        chart("Gradient norm", "before clipping", [of(run.train, "grad_norm", "gradient norm", "c")], from_zero=True),
+        chart("Learning rate", "", [of(run.train, "learning_rate", "learning rate", "d")], from_zero=True),
     ]
     plain = of(run.evals, "plain_text_loss", "plain text", "b", dots=True)
     moved = of(run.evals, "kl_to_base", "KL to the base", "c", dots=True)
-    charts.append(_chart("Forgetting", "nats per token of held-out plain text", [plain]))
-    charts.append(_chart("KL to the base", "nats, at answer tokens of held-out samples", [moved], from_zero=True))
+    charts.append(chart("Forgetting", "nats per token of held-out plain text", [plain]))
+    charts.append(chart("KL to the base", "nats, at answer tokens of held-out samples", [moved], from_zero=True))
     sources = sorted({name for line in run.evals for name in line if name.startswith("eval_loss/")})
     if sources:
         per_source = [
             of(run.evals, name, name.split("/", 1)[1], "abcd"[index % 4], dots=True)
             for index, name in enumerate(sources[:8])
         ]
-        charts.insert(1, _chart("Held-out loss by source", "nats per trained token", per_source))
+        charts.insert(1, chart("Held-out loss by source", "nats per trained token", per_source))
     return [chart for chart in charts if chart]
 
 
-def _chart(title: str, unit: str, series: Sequence[Series], from_zero: bool = False) -> dict[str, Any] | None:
+def chart(title: str, unit: str, series: Sequence[Series], from_zero: bool = False) -> dict[str, Any] | None:
     series = [one for one in series if one.xs]
     svg = line_chart(series, title=title, from_zero=from_zero)
     if not svg:
@@ -373,7 +373,7 @@ def _throughput(run: Run) -> dict[str, Any]:
     )
     if len(column("trained_tokens_per_second")) == len(steps):
         lines.append(Series("trained", steps, column("trained_tokens_per_second"), "b"))
-    return {"rows": rows, "chart": _chart("Tokens per second", "averaged over 20 steps", lines, from_zero=True)}
+    return {"rows": rows, "chart": chart("Tokens per second", "averaged over 20 steps", lines, from_zero=True)}
 
 
 def _sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from sftjax import report
 USUAL = {"full": (1e-6, 5e-5, 2e-5), "lora": (2e-5, 3e-4, 2e-4), "bottleneck": (5e-5, 1e-3, 2e-4)}
 SMALL_MODEL, SMALL_FACTOR = 500_000_000, 10  # parameters; small models stand, and want, higher rates
 MIN_STEPS = 10  # logged ones, to speak of a course
+Verdict = tuple[str, str] | None  # (evidence, remedy) of a rule
 CJK = r"[぀-ヿ㐀-鿿가-힯]"
 
 
@@ -117,8 +118,9 @@ class Figures:
         return self.train[-1].get("epoch") or 0.0 if self.train else 0.0
 
     def sources(self) -> dict[str, Course]:
-        """Of the held-out loss of each source, where there are several: before training, and at the end."""
+        """Of the held-out loss of each source, where there are several, and of plain text: before, and at the end."""
         names = sorted({name for line in self.evals for name in line if name.startswith("eval_loss/")})
+        names.append("plain_text_loss")  # see eval.forgetting
         found = {}
         for name in names:
             losses = [line[name] for line in self.evals if _is_number(line.get(name))]
