@@ -5,6 +5,8 @@ SFTTrainer in the same sitting, in turn, and the ratio is printed.
 
 With --generate, generation instead: greedy answers of --new_tokens tokens to --prompts first messages, after one round
 that compiles; the peer is transformers' generate with torch.
+
+With --load, how fast --model is loaded, beside merely reading its files.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sftjax import bench
+from sftjax import bench, bench_loading
 from sftjax.errors import exit_with_message
 
 
@@ -34,7 +36,10 @@ def main() -> int:
     parser.add_argument("--generate", action="store_true", help="measure generation")
     parser.add_argument("--prompts", type=int, default=64, help="with --generate")
     parser.add_argument("--new_tokens", type=int, default=64, help="with --generate")
+    parser.add_argument("--load", action="store_true", help="measure loading")
     args = parser.parse_args()
+    if args.load:
+        return loading(args.model, args.out)
     shared = {name: getattr(args, name) for name in ("peer_python", "repeats", "model", "data", "dtype")}
     if args.generate:
         batch_size = args.batch_size or args.prompts
@@ -57,6 +62,18 @@ def main() -> int:
             print(f"{name:12} {figures['tokens_per_second']:8.0f} tokens/s  {_more(figures)}")
     if "ratio" in result:
         print(f"{'ratio':12} {result['ratio']:8.2f}")
+    return 0
+
+
+def loading(model: str, out: str | None) -> int:
+    result = bench_loading.compare(model=model)
+    if out:
+        Path(out).write_text(json.dumps(result, indent=2))
+    read, load = result["read"], result["load"]
+    print(f"{load['bytes'] / 2**30:.2f} GiB read in {read['seconds']:.2f} s, loaded in {load['seconds']:.2f} s")
+    print(
+        f"ratio {result['ratio']:.2f}; peak memory beyond the arrays {(load['peak_bytes'] - load['bytes']) / 2**30:.2f} GiB"
+    )
     return 0
 
 

@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
-from sftjax import tree
+from sftjax import bench_loading, tree
 from sftjax.errors import ConfigError, StorageError
 from sftjax.models.config import layer_address
 from sftjax.parallel import mesh as meshes
@@ -252,47 +251,16 @@ def write_large(folder, raw):
 
 
 @pytest.mark.slow
-def test_memory_and_speed_of_a_large_model(tmp_path):
+def test_memory_and_speed_of_a_large_model(tmp_path, monkeypatch):
     """4 GB: peak resident memory beyond the arrays' own bytes is at most 1 GB; time within 1.3x of reading."""
     raw = tiny.config_dict(
         "llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=30, num_attention_heads=16,
         num_key_value_heads=8, vocab_size=32000, attention_bias=False, mlp_bias=False,
     )  # fmt: skip
     write_large(tmp_path, raw)
-    script = textwrap.dedent("""
-        import glob, json, resource, sys, time
-        import jax
-        from sftjax.weights import hf
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        model = hf.open_model(sys.argv[1])
-        jax.devices()
-        def read():
-            start = time.perf_counter()
-            files = []  # all in memory at once, as the loaded model is
-            for path in glob.glob(sys.argv[1] + "/*.safetensors"):
-                with open(path, "rb") as file:
-                    files.append(file.read())
-            return time.perf_counter() - start
-        if sys.argv[2] == "read":
-            read()
-            print(json.dumps({"read": min(read() for _ in range(3))}))
-        else:
-            start = time.perf_counter()
-            params = jax.block_until_ready(hf.load_params(model, model.config, "bfloat16"))
-            seconds = time.perf_counter() - start
-            own = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-            print(json.dumps({"load": seconds, "own": own, "peak": peak()}))
-    """)
-    env = {**os.environ, "PYTHONPATH": str(Path(hf.__file__).parents[2]), "XLA_FLAGS": ""}
-
-    def measure(what):
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path), what], env=env, check=True, capture_output=True
-        )
-        return json.loads(done.stdout.splitlines()[-1])
-
-    reading, loading = measure("read"), min((measure("load") for _ in range(3)), key=lambda found: found["load"])
-    print(reading, loading)
-    assert loading["own"] >= 4e9
-    assert loading["peak"] - loading["own"] <= 1e9
-    assert loading["load"] <= 1.3 * reading["read"]
+    monkeypatch.setenv("XLA_FLAGS", "")
+    result = bench_loading.compare(model=str(tmp_path))
+    print(result)
+    assert result["load"]["bytes"] >= 4e9
+    assert result["load"]["peak_bytes"] - result["load"]["bytes"] <= 1e9
+    assert result["ratio"] <= 1.3
