@@ -71,9 +71,8 @@ def loading(model: str, out: str | None) -> int:
         Path(out).write_text(json.dumps(result, indent=2))
     read, load = result["read"], result["load"]
     print(f"{load['bytes'] / 2**30:.2f} GiB read in {read['seconds']:.2f} s, loaded in {load['seconds']:.2f} s")
-    print(
-        f"ratio {result['ratio']:.2f}; peak memory beyond the arrays {(load['peak_bytes'] - load['bytes']) / 2**30:.2f} GiB"
-    )
+    beyond = (load["peak_bytes"] - load["bytes"]) / 2**30
+    print(f"ratio {result['ratio']:.2f}; peak memory beyond the arrays {beyond:.2f} GiB")
     return 0
 
 
