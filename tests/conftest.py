@@ -2,9 +2,11 @@
 
 import os
 
-# The simulated devices wait for each other; on a loaded machine for longer than the 40 s after which XLA aborts.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), FLAGS])
+# The devices wait for each other: on a loaded machine for longer than the 40 s after which XLA aborts.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
