@@ -25,7 +25,7 @@ import orjson
 
 from sftjax import chat
 from sftjax.curate.output import write_lines, write_text
-from sftjax.errors import ConfigError, StorageError
+from sftjax.errors import ConfigError, DataError, StorageError
 from sftjax.scorers.make import make_scorer
 from sftjax.scorers.statistics import bootstrap_mean
 from sftjax.synth import run
@@ -159,6 +159,8 @@ def _one_seed(
     )
     kept = folder / "rejection" / run.ROWS
     say(f"seed {seed}: the verifier kept an answer to {report['rows']} of {len(prompts)} prompts")
+    if not report["rows"]:
+        raise DataError(f"task {settings.task}: no answer was right, so there is nothing to go on with: raise --first")
     stages["rejection"] = {
         "prompts": len(prompts),
         "kept": report["rows"],

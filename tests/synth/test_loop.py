@@ -68,7 +68,7 @@ def test_the_whole_loop_on_a_tiny_model(tmp_path, monkeypatch):
     model = tiny_run.model(tmp_path / "m")
     command = [
         sys.executable, "tools/improve.py", "--model", str(model), "--output", str(tmp_path / "out"), "--seeds", "0",
-        "--held_out", "20", "--first", "40", "--second", "10", "--n", "2", "--temperature", "1", "--control",
+        "--held_out", "20", "--first", "40", "--second", "20", "--n", "8", "--temperature", "1", "--control",
         "--task_settings", '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}',
         "--max_new_tokens", "8", "--train=--config.model.compute_dtype=float32",
         "--train=--config.train.learning_rate=3e-3", "--train=--config.train.num_train_epochs=8.0",
