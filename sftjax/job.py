@@ -305,6 +305,7 @@ def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, to
         embedding_dropout=config.model.embedding_dropout,
         neftune_alpha=config.train.neftune_noise_alpha,
         bottleneck_activation=spec.bottleneck_activation,
+        max_segments=batching_options(config, mesh)["max_segments"],
     )
     built = program.build(
         model_config,

@@ -108,6 +108,9 @@ def test_flat_rows_follow_the_devices_and_hold_as_many_samples_as_the_rows_they_
     config.train.batch_tokens = 16 * config.data.max_length
     options = job.batching_options(config, mesh)
     assert (options["fill"], options["max_segments"]) == ("tokens", 2 * 4 + 1)  # two rows of four samples, and the tail
+    spec = job.adapter_spec(config, model=MODEL, grows=False)
+    program, _ = job.build_program(config, MODEL, spec, mesh, total_steps=100)
+    assert program.runtime.max_segments == options["max_segments"]  # without it, no kernel for packed rows on a GPU
 
 
 def test_an_adapter_that_is_not_what_the_settings_say_is_refused():

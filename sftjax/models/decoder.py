@@ -72,7 +72,7 @@ def hidden_states(
     lengths = ops.segment_lengths(positions_BxL, segment_ids_BxL)
     inputs = {
         "rope": rope_tables(config, positions_BxL, lengths),
-        "info": make_info(segment_ids_BxL, positions_BxL),
+        "info": make_info(segment_ids_BxL, positions_BxL, max_segments=runtime.max_segments),
         "real": real,
         "lengths": lengths,
     }

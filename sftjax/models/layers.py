@@ -29,7 +29,7 @@ BATCH = ("data", "fsdp")  # the mesh axes that divide a batch
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """How a model is run; only the dropouts and the last field change what it computes.
+    """How a model is run; only the dropouts, NEFTune and the adapters' activation change what it computes.
 
     Attributes:
       compute_dtype: of activations and matmuls.
@@ -41,6 +41,7 @@ class Runtime:
       adapter_dropout, attention_dropout, residual_dropout, embedding_dropout: rates; used only with a key.
       neftune_alpha: strength of the noise on embeddings (arXiv:2310.05914); used only with a key.
       bottleneck_activation: of Houlsby and Pfeiffer adapters, as they were trained.
+      max_segments: the most segments a row holds, padding included; None: unknown, which some GPU kernels refuse.
     """
 
     compute_dtype: str = "bfloat16"
@@ -54,6 +55,7 @@ class Runtime:
     embedding_dropout: float = 0.0
     neftune_alpha: float = 0.0
     bottleneck_activation: str = "relu"
+    max_segments: int | None = None
 
     def __post_init__(self):
         if self.remat not in ("none", "full", "dots", "attention"):
