@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held_out", type=int, default=500, help="items to measure on")
     parser.add_argument("--first", type=int, default=500, help="rows of the first training")
-    parser.add_argument("--second", type=int, default=800, help="prompts answered for the second one")
+    parser.add_argument("--second", type=int, default=600, help="prompts answered for the second one")
     parser.add_argument("--n", type=int, default=8, help="answers to each prompt")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max_new_tokens", type=int, default=48)

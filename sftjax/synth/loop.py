@@ -1,7 +1,7 @@
 """Does it help? A task that a model fails; fine-tuning, best of N with its verifier, fine-tuning again; measured.
 
-    before --SFT--> first --SFT--> second        SFT on right answers; then on the model's own answers to new prompts,
-      |               |              |           best of n, that the verifier finds right
+    before --SFT--> first --SFT--> second        SFT on right answers; then on these and its own to new prompts, best
+      |               |              |           of n, that the verifier finds right
       +---------------+--------------+---------- accuracy on the same held-out items, none of which is trained on
 
 Tasks are reasoning-gym's, made from seeds. Each training is the main program in a process of its own. What is done is
@@ -70,7 +70,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     held_out: int = 500
     first: int = 500
-    second: int = 800
+    second: int = 600
     n: int = 8
     temperature: float = 0.7
     max_new_tokens: int = 48
@@ -141,7 +141,7 @@ def _one_seed(
     write_lines(folder / "first.jsonl", rows)
     write_lines(folder / "prompts.jsonl", prompts)
     say(f"seed {seed}: training on {len(rows)} right answers")
-    model, seconds = _train(settings, folder / "first", settings.model, folder / "first.jsonl", seed, say)
+    model, seconds = _train(settings, folder / "first", settings.model, (folder / "first.jsonl",), seed, say)
     stages = {"first": _measured(folder / "first.json", settings, model, held_out, say) | {"train_seconds": seconds}}
     started = time.monotonic()
     report = run.synthesize(
@@ -167,12 +167,12 @@ def _one_seed(
         "mean_reward": report["reward"]["answers"].get("mean"),
         "seconds": round(time.monotonic() - started, 1),
     }
-    second, seconds = _train(settings, folder / "second", model, kept, seed, say)
+    second, seconds = _train(settings, folder / "second", model, (folder / "first.jsonl", kept), seed, say)
     stages["second"] = _measured(folder / "second.json", settings, second, held_out, say) | {"train_seconds": seconds}
     if settings.control:
         steps = orjson.loads((folder / "second" / "summary.json").read_bytes())["steps"]
         extra = (f"--config.train.max_steps={steps}",)
-        longer, seconds = _train(settings, folder / "control", model, folder / "first.jsonl", seed, say, extra)
+        longer, seconds = _train(settings, folder / "control", model, (folder / "first.jsonl",), seed, say, extra)
         found = _measured(folder / "control.json", settings, longer, held_out, say)
         stages["control"] = found | {"train_seconds": seconds}
     return stages
@@ -192,7 +192,7 @@ def _train(
     settings: Settings,
     folder: Path,
     model: str,
-    data: Path,
+    data: tuple[Path, ...],
     seed: int,
     say: Callable[[str], None],
     extra: Sequence[str] = (),
@@ -200,7 +200,7 @@ def _train(
     """The main program in a child process, unless it has run; returns (the exported model, seconds it took)."""
     export, started = folder / "export", time.monotonic()
     if not (export / "config.json").exists():
-        fields = {"model.path": model, "data.train": repr((str(data),)), "run_dir": str(folder), "seed": seed}
+        fields = {"model.path": model, "data.train": repr(tuple(map(str, data))), "run_dir": str(folder), "seed": seed}
         command = [sys.executable, "-m", "sftjax.main", f"--config={ROOT / 'configs' / 'improve.py'}"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
         done = subprocess.run([*command, *settings.train, *extra], cwd=ROOT)
