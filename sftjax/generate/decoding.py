@@ -157,7 +157,7 @@ class Decoding:
         while self.waiting and len(chosen) < free:
             answer = self.waiting[0]
             key = (id(answer), True) if answer.tokens else (id(answer.prompt_ids), False)
-            if (key not in rows and len(rows) == room) or answer.length > length:
+            if (key not in rows and len(rows) == room) or _bucket(answer.length) != length:
                 break
             if key not in rows:
                 rows[key] = len(rows)
@@ -245,7 +245,7 @@ def _power_of_two(count: int) -> int:
 
 
 def _bucket(length: int) -> int:
-    """The few sizes that prompts and caches have: powers of two from 64 on, and half-way between them from 512."""
+    """The few sizes that prompts and caches have: powers of two from 64 on, and half-way between them."""
     power = max(64, _power_of_two(length))
     between = power * 3 // 4
-    return between if power > 512 and length <= between else power
+    return between if between > 64 and length <= between else power

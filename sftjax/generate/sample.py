@@ -19,6 +19,7 @@ from sftjax.errors import DataError
 from sftjax.generate.answer import Answer, Output
 from sftjax.generate.decoding import Decoding
 from sftjax.generate.sampling import Sampling
+from sftjax.models import layers
 from sftjax.models.config import ModelConfig
 from sftjax.models.layers import Runtime
 
@@ -161,20 +162,28 @@ def _hide(tokenizer: Any, message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_compute_dtype(variables: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The matmul weights cast once instead of at every token; norms, routers and scales stay as they are."""
+    """The matmul weights cast once instead of at every token; norms, routers and scales stay as they are.
+
+    On a CPU the layers' bfloat16 weights become bits, see `layers.as_bits`. What was done before isn't done again.
+    """
     flat = tree.flatten(variables["params"])
-    heavy = {
-        path: leaf
-        for path, leaf in flat.items()
-        if path.endswith(("_proj/weight", "embed_tokens/weight", "lm_head/weight")) and leaf.dtype != jnp.dtype(dtype)
-    }
-    cast = _cast(heavy, dtype) if heavy else {}
-    return variables | {"params": tree.unflatten(flat | cast)}
+    names = ("_proj/weight", "embed_tokens/weight", "lm_head/weight")
+    heavy = {path: leaf for path, leaf in flat.items() if path.endswith(names) and leaf.dtype != jnp.uint16}
+    cast = {path: leaf for path, leaf in heavy.items() if leaf.dtype != jnp.dtype(dtype)}
+    heavy |= _cast(cast, dtype) if cast else {}
+    if jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu":
+        heavy |= _as_bits({path: leaf for path, leaf in heavy.items() if path.startswith("layers_")})
+    return variables | {"params": tree.unflatten(flat | heavy)}
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _cast(leaves, dtype):
     return jax.tree.map(lambda leaf: leaf.astype(dtype), leaves)
+
+
+@jax.jit
+def _as_bits(leaves):
+    return jax.tree.map(layers.as_bits, leaves)
 
 
 __all__ = ["Generator", "Output", "Prompt", "encode_prompt", "generate", "in_compute_dtype"]

@@ -256,9 +256,20 @@ def stored_leaves(module: nn.Module) -> dict[str, Array]:
 
 
 def gathered(module: nn.Module, weight: Array, name: str = "weight") -> Array:
-    """A layer's weight as it is used, its `fsdp` cuts undone."""
+    """A layer's weight as it is used, its `fsdp` cuts undone; from its bits, where it is kept so (`as_bits`)."""
     mesh = module.runtime.mesh
-    return weight if mesh is None else partition.gather(weight, "/".join((*module.path, name)), mesh)
+    if mesh is not None:
+        weight = partition.gather(weight, "/".join((*module.path, name)), mesh)
+    return jax.lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == jnp.uint16 else weight
+
+
+def as_bits(weight: Array) -> Array:
+    """A bfloat16 weight of several layers as uint16, which generation keeps it as on a CPU.
+
+    XLA:CPU takes a layer out of stacked bfloat16 ten times slower (2 ms against 0.2 for 1536 by 576, more than the
+    product with a few rows takes).
+    """
+    return jax.lax.bitcast_convert_type(weight, jnp.uint16)
 
 
 def bottleneck(module: nn.Module, name: str, x: Array) -> Array:

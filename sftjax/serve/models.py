@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
 from sftjax import loading
 from sftjax.errors import ConfigError
-from sftjax.generate.sample import Generator, encode_prompt
+from sftjax.generate.sample import Generator, encode_prompt, in_compute_dtype
 
 
-@dataclass
+@dataclasses.dataclass
 class Served:
     """A model under its name.
 
@@ -65,7 +65,9 @@ def load(
     base = None
     for kind, name, path in plan:
         if kind == "model":
-            model = base = loading.load_model(path, dtype=dtype)
+            model = loading.load_model(path, dtype=dtype)
+            variables = in_compute_dtype(model.variables, dtype)  # here, so that adapters share the result
+            base = model = dataclasses.replace(model, variables=variables)
         else:
             model = loading.load_adapter(base, path)
         generator = Generator(

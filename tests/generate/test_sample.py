@@ -7,7 +7,7 @@ import pytest
 
 from sftjax import tree
 from sftjax.errors import DataError
-from sftjax.generate import sample
+from sftjax.generate import engine, sample
 from sftjax.models import decoder
 from sftjax.models.config import Experts, LayerSpec, ModelConfig, Rope
 from sftjax.parallel import mesh as meshes
@@ -145,6 +145,24 @@ def test_adapters_and_a_mesh_are_used(variables, prompts):
     spread = sample.generate(CONFIG, RUNTIME.replace(mesh=mesh), placed, Letters(), prompts, **settings)
     for outputs in (beside, spread):
         assert [output.tokens for output in outputs] == [output.tokens for output in plain]
+
+
+def test_weights_kept_as_bits_are_the_same_weights(variables):
+    """A CPU keeps the layers' bfloat16 so; once done it isn't done again."""
+    runtime = RUNTIME.replace(compute_dtype="bfloat16")
+    packed = sample.in_compute_dtype(variables, "bfloat16")
+    again = sample.in_compute_dtype(packed, "bfloat16")
+    kept, kept_again = tree.flatten(packed["params"]), tree.flatten(again["params"])
+    assert kept["layers_0/0/self_attn/q_proj/weight"].dtype == jnp.uint16
+    assert {path: leaf.dtype for path, leaf in kept.items()} == {path: leaf.dtype for path, leaf in kept_again.items()}
+    plain = tree.map_paths(
+        lambda path, leaf: leaf.astype(jnp.bfloat16) if kept[path].dtype != jnp.float32 else leaf, variables["params"]
+    )
+    tokens, lengths = np.arange(8)[None], np.array([8])
+    (_, one), (_, two) = (
+        engine.prefill(CONFIG, runtime, {"params": params}, tokens, lengths) for params in (plain, packed["params"])
+    )
+    np.testing.assert_allclose(one, two, atol=1e-2 * float(jnp.abs(one).max()))  # fused otherwise, rounded otherwise
 
 
 def test_texts_and_messages_without_a_template_are_continued(generator):
