@@ -29,7 +29,7 @@ SMALL = 4096
 
 class Adam8bitState(NamedTuple):
     """Trees like the parameters. Codes have a parameter's shape (u8; small ones the float32 moment itself), scales
-    `[..., blocks]` (small ones `[0]`)."""
+    `[..., blocks]` (small ones an unused `[1]`: Orbax can't save an array without elements)."""
 
     count: Array
     mu_codes: Any
@@ -59,7 +59,7 @@ def scale_by_adam_8bit(
         codes, scales = {}, {}
         for path, param in flat.items():
             if _is_small(path, param.shape):
-                codes[path], scales[path] = jnp.zeros(param.shape, jnp.float32), jnp.zeros((0,), jnp.float32)
+                codes[path], scales[path] = jnp.zeros(param.shape, jnp.float32), jnp.zeros((1,), jnp.float32)
                 continue
             block = blockwise.block_size(param.shape[-1], last_axis_shards)
             codes[path] = jnp.zeros(param.shape, jnp.uint8)

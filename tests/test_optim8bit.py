@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sftjax import optim, optim8bit, tree
+from sftjax.checkpoint import Checkpointer
 from sftjax.kernels import blockwise
 
 
@@ -31,6 +32,19 @@ def test_at_most_two_point_two_bytes_a_parameter():
     for name, limit in (("adamw_8bit", 2.2), ("adamw_bf16", 4.01), ("adamw", 8.01)):
         optimizer, _ = optim.make_optimizer(name=name, learning_rate=1e-3, total_steps=4)
         assert optim8bit.state_bytes(jax.eval_shape(optimizer.init, params)) / count < limit
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16"])
+def test_the_state_is_saved_and_restored(name, tmp_path):
+    params = {"params": {"norm": {"weight": jnp.ones(64)}, "embed_tokens": {"weight": jnp.ones((128, 64))}}}
+    optimizer, _ = optim.make_optimizer(name=name, learning_rate=1e-3, total_steps=4)
+    gradients = jax.tree.map(lambda leaf: 0.5 * leaf, params)
+    _, state = optimizer.update(gradients, optimizer.init(params), params)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, position={}, metrics={})
+        checkpointer.wait()
+        restored = checkpointer.restore(jax.eval_shape(lambda: state))
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state)
 
 
 @pytest.mark.parametrize("signed", [True, False])
