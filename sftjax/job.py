@@ -74,7 +74,7 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
 
     fingerprints = {
         "data": loading.digest(*(i.source.fingerprint() for i in mixture.ingredients)),
-        "template": loading.digest(opened.tokenizer.template.text),
+        "template": loading.digest(opened.tokenizer.template.text if opened.tokenizer.template else ""),
         "tokenizer": opened.tokenizer.fingerprint(),
         "weights": opened.fingerprint(),
     }

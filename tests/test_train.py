@@ -1,6 +1,7 @@
 """The main program as a user runs it, on a tiny model: figures, interruption, resume, devices, export."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -237,3 +238,21 @@ def test_six_new_tokens_are_learnt_saved_and_stopped_on(place, snug, method):
     moved = np.abs(np.asarray(after)[900:] - np.mean(before[:900], axis=0))
     assert np.all(moved[:2].max(axis=1) < 0.05) and np.all(moved[2:].max(axis=1) > 0) and moved.max() < 0.05
     assert np.abs(before[900:] - np.mean(before[:900], axis=0)).max() > 0.1
+
+
+def test_a_base_model_without_a_template_trains_on_text_and_refuses_conversations(place, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(place / "model", base)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    texts = tmp_path / "texts.jsonl"
+    rows = [" ".join(m["content"] for m in json.loads(line)["messages"]) for line in open(place / "chats.jsonl")]
+    texts.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    fields = {"train__max_steps": 2, "eval__num_samples": 1}
+    tiny_run.run(tiny_run.command(base, texts, tmp_path / "run", **fields))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["verification"]["max_difference"] < 1e-3
+    refused = tiny_run.run(tiny_run.command(base, place / "chats.jsonl", tmp_path / "no", **fields), code=78)
+    assert "set model.chat_template" in refused.stderr and "Traceback" not in refused.stderr
