@@ -217,19 +217,24 @@ def write(folder: str, results: Sequence[dict[str, Any]]) -> None:
 
 
 def figures(run: report.Run) -> dict[str, Any]:
-    """What is compared; None where a run doesn't have it."""
+    """What is compared; None where a run doesn't have it, or it is no number."""
     rates = [line["tokens_per_second"] for line in run.timing if line.get("tokens_per_second")]
     losses = [line["loss"] for line in run.train if line["loss"] is not None]
     last = losses[-max(1, len(losses) // 10) :]
+    after = _finite(run.summary.get("eval_loss_after"))
     return {
         "steps": run.summary.get("steps"),
-        "eval_loss_before": run.summary.get("eval_loss_before"),
-        "eval_loss": run.summary.get("eval_loss_after"),
-        "difference_95": run.summary.get("difference_95"),
+        "eval_loss_before": _finite(run.summary.get("eval_loss_before")),
+        "eval_loss": after,
+        "difference_95": run.summary.get("difference_95") if after is not None else None,
         "training_loss": statistics.fmean(last) if last else None,
         "tokens_per_second": statistics.median(rates) if rates else None,
         "findings": [finding["rule"] for finding in run.findings],
     }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _page(folder: str, summary: dict[str, Any], read: Sequence[report.Run]) -> dict[str, Any]:

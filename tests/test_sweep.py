@@ -98,6 +98,16 @@ def test_a_failed_run_is_noted_and_the_others_go_on(tmp_path, trained):
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["best"] == "max_steps=2"
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path, trained):
+    sweep.run(settings(tmp_path), "train.max_steps=1|2")
+    broken = {"steps": 1, "eval_loss_before": 3.0, "eval_loss_after": float("nan"), "difference_95": [float("nan")] * 2}
+    results = [{"name": f"max_steps={steps}", "settings": {"train.max_steps": steps}} for steps in (1, 2)]
+    (tmp_path / "sweep" / "max_steps=1" / "summary.json").write_text(json.dumps(broken))
+    sweep.write(str(tmp_path / "sweep"), results)
+    text = (tmp_path / "sweep" / "sweep.json").read_text()
+    assert json.loads(text)["best"] == "max_steps=2" and "NaN" not in text
+
+
 def test_a_stopped_sweep_ends_and_goes_on(tmp_path, trained):
     trained.raises = {2: StopRequested("saved")}
     with pytest.raises(StopRequested):
@@ -160,7 +170,7 @@ def test_the_page_compares_them_offline(tmp_path):
 def test_a_sweep_of_the_main_program(tmp_path):
     tiny_run.model(tmp_path / "model")
     tiny_run.conversations(tmp_path / "chats.jsonl")
-    fields = {"train__max_steps": 6, "eval__num_samples": 0, "export__enabled": False, "log__tensorboard": False}
+    fields = {"train__max_steps": 9, "eval__num_samples": 0, "export__enabled": False, "log__tensorboard": False}
     line = tiny_run.command(tmp_path / "model", tmp_path / "chats.jsonl", tmp_path / "sweep", **fields)
     line.append("--sweep=train.learning_rate=1e-4|1e30|3e-3")
     done = tiny_run.run(line, code=76)
