@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -256,3 +257,13 @@ def test_a_base_model_without_a_template_trains_on_text_and_refuses_conversation
     assert summary["steps"] == 2 and summary["verification"]["max_difference"] < 1e-3
     refused = tiny_run.run(tiny_run.command(base, place / "chats.jsonl", tmp_path / "no", **fields), code=78)
     assert "set model.chat_template" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_gguf_file_is_trained(place, tmp_path):
+    file = tmp_path / "model.gguf"
+    tool = [sys.executable, str(tiny_run.ROOT / "tools" / "convert.py"), "--from", str(place / "model")]
+    tiny_run.run([*tool, "--to", str(file)])
+    fields = {"train__max_steps": 2, "eval__num_samples": 0}
+    tiny_run.run(tiny_run.command(file, place / "chats.jsonl", tmp_path / "run", **fields))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["verification"]["max_difference"] < 1e-3

@@ -276,7 +276,10 @@ class GgufSource:
             rows = self._rows_of(name, tensor.shape[0])
             copy_converted((whole if rows is None else whole[rows])[index], out)
             return
-        index = tuple(index) + (slice(None),) * (2 - len(index))
+        index = list(index) + [slice(None)] * (2 - len(index))
+        for axis, at in enumerate(index):
+            if not isinstance(at, slice):
+                index[axis], out = slice(at, at + 1), np.expand_dims(out, axis)
         span = range(tensor.shape[0])[index[0]]
         rows = self._rows_of(name, tensor.shape[0])
         step = max(1, 2**22 // tensor.shape[1])  # rows at a time, so that scratch memory stays small

@@ -95,6 +95,7 @@ def test_every_architecture(tmp_path, architecture):
         assert [layer.window for layer in model.config.layers] == [layer.window for layer in expected.layers]
     else:
         assert model.config == expected
+    assert hf.fingerprint(model)
     flat = tree.flatten(hf.load_params(model, model.config, "float32"))
     for tensor in rules.tensors(model.config, model.family.layout):
         for part in tensor.parts:
@@ -119,6 +120,11 @@ def test_every_quantisation(tmp_path, kind):
             part = np.empty((20, 7), np.float32)
             source.read(tensor.name, (slice(10, 30), slice(5, 12)), part)
             np.testing.assert_array_equal(part, whole[10:30, 5:12])
+            row, column = np.empty(whole.shape[1], np.float32), np.empty(20, np.float32)
+            source.read(tensor.name, (3,), row)
+            source.read(tensor.name, (slice(10, 30), 5), column)
+            np.testing.assert_array_equal(row, whole[3])
+            np.testing.assert_array_equal(column, whole[10:30, 5])
 
 
 def test_unpermuted_rows_drawn():
