@@ -60,7 +60,8 @@ def make_base(folder: Path) -> Path:
 
 
 def train(folder: Path, runs: list[dict], **environment) -> dict[str, str]:
-    """Trains them one after the other in another process; returns what failed, and why."""
+    """Trains them one after the other in another process, whose output is kept in a text file beside the first one's
+    folder; returns what failed, and why."""
     (folder / "runs.json").write_text(json.dumps([{**COMMON, **fields} for fields in runs]))
     done = subprocess.run(
         [sys.executable, "-m", "tests.many_runs", str(folder / "runs.json"), str(folder / "compiled")],
@@ -70,7 +71,7 @@ def train(folder: Path, runs: list[dict], **environment) -> dict[str, str]:
         text=True,
         timeout=900,
     )
-    (folder / "output.txt").write_text(done.stdout + done.stderr)
+    Path(f"{runs[0]['run_dir']}.txt").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
 

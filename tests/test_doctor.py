@@ -104,7 +104,7 @@ def test_every_rule_is_tried_and_explained():
 
 
 def test_the_end_of_a_run_tells_what_the_doctor_says(quick):
-    output = (quick / "output.txt").read_text()
+    output = (quick / f"{QUICK[0]}.txt").read_text()
     assert "doctor:  learning rate too low: training loss" in output
     page = Path(report.write(str(quick / "template_mismatch"))).read_text()
     assert 'id="doctor"' in page and "model.chat_template=&#39;&#39;" in page
