@@ -23,6 +23,7 @@ CHOICES = {
     "model.remat": ("none", "full", "dots", "attention"),
     "data.packing": ("first_fit", "best_fit", "none", "padding_free"),
     "data.over_length": ("drop", "truncate", "split", "error"),
+    "data.shares_of": ("rows", "tokens"),
     "data.train_on": ("all", "last", "weights"),
     "data.on_mask_error": ("raise", "drop", "unroll"),
     "train.loss_reduction": ("token", "example"),
@@ -60,7 +61,14 @@ def defaults() -> ConfigDict:
     config.model.pad_vocab_to_multiple_of = 1
 
     config.data = ConfigDict()
-    config.data.train = ()  # paths or dicts: path, format, split ("[:1000]"), fields, weight, name
+    # Paths or dicts: path, format, split ("[:1000]"), fields, name, weight or proportion, max_epochs, loss_weight.
+    config.data.train = ()
+    config.data.replay = ()  # plain text as in pre-training, mixed in against forgetting; every token is trained
+    config.data.replay_share = 0.0  # of the whole mixture: 0.05 to 0.1 is usual
+    config.data.shares_of = "rows"  # what proportions and the replay share are counted in
+    config.data.mixing_temperature = 1.0  # above 1 evens the sources out
+    config.data.curriculum = ""  # within an epoch rows come in ascending order of "length", or of a numeric field
+    config.data.curriculum_descending = False
     config.data.eval = ()  # held-out sources; empty: `eval_fraction` of the training rows
     config.data.eval_fraction = 0.0
     config.data.max_eval_rows = 0  # 0: all

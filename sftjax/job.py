@@ -15,19 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from sftjax import config as config_lib
-from sftjax import costs, loading, optim, program, runs, samples, stopping, tree
+from sftjax import costs, job_data, loading, optim, program, runs, samples, stopping, tree
 from sftjax.data import preflight as preflights
-from sftjax.data import preview, rendering, subsets
-from sftjax.data.encode import RowEncoder
-from sftjax.data.mixture import Ingredient, Mixture
-from sftjax.data.sources import open_source
+from sftjax.data import preview, rendering
+from sftjax.data.mixture import Mixture
 from sftjax.data.types import RowError
 from sftjax.errors import ConfigError
 from sftjax.kernels import nf4
 from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
-from sftjax.parallel import partition
 from sftjax.peft import lora
 from sftjax.peft.spec import AdapterSpec
 from sftjax.weights import export, peft_format, vocab
@@ -66,11 +63,11 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     opened = loading.open_model(
         config.model.path, chat_template=config.model.chat_template, end_of_turn=config.model.end_of_turn
     )
-    mixture, held_out = open_data(config, opened.tokenizer)
-    plain_text = open_plain_text(config, opened.tokenizer)
-    check_metric(config, held_out, plain_text)
+    mixture, held_out = job_data.open_data(config, opened.tokenizer)
+    plain_text = job_data.open_plain_text(config, opened.tokenizer)
+    job_data.check_metric(config, held_out, plain_text)
     mesh = meshes.make({axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor", "context", "expert")})
-    batching = batching_options(config, mesh)
+    batching = job_data.batching_options(config, mesh)
 
     fingerprints = {
         "data": loading.digest(*(i.source.fingerprint() for i in mixture.ingredients)),
@@ -94,7 +91,7 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     total_steps = config.train.max_steps or report.steps
     model_config = grown(config, opened)
     spec = adapter_spec(config, model=model_config, grows=bool(opened.new_token_ids))
-    job_program, schedule = build_program(config, model_config, spec, mesh, total_steps)
+    job_program, schedule = build_program(config, model_config, spec, mesh, total_steps, len(mixture.names))
     announce(config, job_program, total_steps)
     check_room(config, folder, job_program, total_steps)
     if jax.process_index() == 0:
@@ -137,86 +134,6 @@ def settle_settings(
     folder.write_json("config.json", settings)
     folder.write_json("environment.json", runs.environment(fingerprints))
     return ledger
-
-
-def source_spec(entry: Any) -> dict[str, Any]:
-    return {"path": entry} if isinstance(entry, str) else dict(entry)
-
-
-def ingredient(config: config_lib.ConfigDict, tokenizer, entry: Any, *, format: str) -> Ingredient:
-    """A source and how its rows are encoded, from an entry such as those of `data.train`."""
-    spec = source_spec(entry)
-    encode = RowEncoder(
-        tokenizer,
-        format=spec.pop("format", format),
-        fields=spec.pop("fields", {}),
-        train_on=config.data.train_on,
-        on_mask_error=config.data.on_mask_error,
-    )
-    weight, loss_weight = spec.pop("weight", 1.0), spec.pop("loss_weight", 1.0)
-    return Ingredient(open_source(spec), encode, weight=weight, loss_weight=loss_weight)
-
-
-def open_plain_text(config: config_lib.ConfigDict, tokenizer) -> Mixture | None:
-    """The plain text of `eval.forgetting` (None without)."""
-    sources = [ingredient(config, tokenizer, entry, format="text") for entry in config.eval.forgetting]
-    if config.data.max_eval_rows:
-        sources = subsets.first_rows(sources, config.data.max_eval_rows)
-    return Mixture(sources, shuffle=False, epochs=1) if sources else None
-
-
-def check_metric(config: config_lib.ConfigDict, held_out: Mixture | None, plain_text: Mixture | None) -> None:
-    """Raises ConfigError where the metric that the best checkpoint is chosen by won't be measured."""
-    measured: list[str] = []
-    if held_out is not None:
-        measured += ["eval_loss", "eval_perplexity", "eval_mean_token_accuracy"]
-        measured += [f"eval_loss/{name}" for name in held_out.names] if len(held_out.names) > 1 else []
-        measured += ["kl_to_base"] if config.eval.kl_tokens else []
-    if plain_text is not None:
-        measured += ["plain_text_loss", "plain_text_perplexity"]
-    if measured and config.eval.metric_for_best_model not in measured:
-        raise ConfigError(
-            f"eval.metric_for_best_model={config.eval.metric_for_best_model!r} is not measured in this run; measured "
-            f"are {', '.join(measured)}"
-        )
-
-
-def open_data(config: config_lib.ConfigDict, tokenizer) -> tuple[Mixture, Mixture | None]:
-    """The training mixture and the held-out one (None without)."""
-    train_entries, eval_entries = config.data.train, config.data.eval
-    epochs = None if config.train.max_steps else config.train.num_train_epochs
-    train_sources = [ingredient(config, tokenizer, entry, format=config.data.format) for entry in train_entries]
-    held_sources = [ingredient(config, tokenizer, entry, format=config.data.format) for entry in eval_entries]
-    if config.data.eval_fraction and not held_sources:
-        train_sources, held_sources = subsets.hold_out(train_sources, config.data.eval_fraction, config.seed)
-    if config.data.max_eval_rows:
-        held_sources = subsets.first_rows(held_sources, config.data.max_eval_rows)
-    mixture = Mixture(train_sources, seed=config.seed, shuffle=config.data.shuffle, epochs=epochs)
-    held_out = Mixture(held_sources, shuffle=False, epochs=1) if held_sources else None
-    return mixture, held_out
-
-
-def batching_options(config: config_lib.ConfigDict, mesh) -> dict[str, Any]:
-    """How samples become batches: what the preflight counts with and the pipeline does."""
-    accumulation, flat_rows = config.train.gradient_accumulation_steps, partition.batch_shards(mesh)
-    micro_rows = config_lib.rows_per_step(config) // accumulation
-    fill, segments = "sequences", config.data.max_segments
-    if config.data.packing == "padding_free" and config.train.batch_tokens:
-        # a flat row is as long as several others, and may hold as many samples as they together
-        fill, segments = "tokens", (segments - 1) * (micro_rows // flat_rows) + 1
-    return {
-        "length": config.data.max_length,
-        "batch_size": micro_rows,
-        "accumulation": accumulation,
-        "packing_strategy": config.data.packing,
-        "max_segments": segments,
-        "packing_bins": config.data.packing_bins or None,
-        "static_lengths": config.data.static_lengths,
-        "flat_rows": flat_rows,
-        "fill": fill,
-        "overlong": config.data.over_length,
-        "max_dropped": config.data.max_dropped_fraction,
-    }
 
 
 def grown(config: config_lib.ConfigDict, opened: loading.Opened) -> ModelConfig:
@@ -265,7 +182,7 @@ def adapter_spec(config: config_lib.ConfigDict, *, model: ModelConfig, grows: bo
     )
 
 
-def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, total_steps: int):
+def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, total_steps: int, num_sources: int = 1):
     """The compiled steps (not compiled yet) and the schedule."""
     adapting = spec.method != "full"
     dtype = config.model.frozen_dtype if adapting else config.model.params_dtype
@@ -305,7 +222,7 @@ def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, to
         embedding_dropout=config.model.embedding_dropout,
         neftune_alpha=config.train.neftune_noise_alpha,
         bottleneck_activation=spec.bottleneck_activation,
-        max_segments=batching_options(config, mesh)["max_segments"],
+        max_segments=job_data.batching_options(config, mesh)["max_segments"],
     )
     built = program.build(
         model_config,
@@ -316,6 +233,7 @@ def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, to
         trainable_regex=lora.trainable_regex(spec),
         max_segments=config.data.max_segments,
         seed=config.seed,
+        num_sources=num_sources,
     )
     return built, schedule
 

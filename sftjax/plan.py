@@ -22,7 +22,7 @@ from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
 from sftjax.parallel import partition
-from sftjax.program import BATCH_ARRAYS, Program
+from sftjax.program import Program
 from sftjax.weights import families, hf, vocab
 
 RULE = "6 a trained and 4 a frozen matrix parameter, 6 an adapter's, 6·layers·heads·head_dim·context"
@@ -75,7 +75,7 @@ class Step:
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         sharding = partition.batch_sharding(self.program.mesh)
         shape = (self.accumulation, self.rows, self.length)
-        dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in BATCH_ARRAYS}
+        dtypes = {name: jnp.float32 if name == "weights" else jnp.int32 for name in self.program.batch_arrays}
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
     @property

@@ -21,6 +21,7 @@ from sftjax.models.decoder import Runtime
 from sftjax.parallel import partition
 
 BATCH_ARRAYS = ("tokens", "targets", "weights", "segment_ids", "positions")
+SOURCE_IDS = "source_ids"  # beside them where the losses of several sources are told apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Program:
     abstract_frozen: dict[str, Any]
     train_step: Any  # (state, frozen, batch [A, B, L]) -> (state, metrics); the state is donated
     eval_step: Any  # (trainable, frozen, batch [1, B, L]) -> sums by segment
+    num_sources: int = 1  # whose losses are told apart in training
 
     def init_state(self, variables: dict[str, Any]) -> tuple[steps.TrainState, dict[str, Any]]:
         """Splits loaded variables into (fresh state, frozen leaves). The state takes the trainable arrays over."""
@@ -46,6 +48,11 @@ class Program:
         opt_state = jax.jit(self.optimizer.init, out_shardings=state_shardings.opt_state)(trainable)
         step, nonfinite = (jax.device_put(np.int32(0), state_shardings.step) for _ in range(2))
         return steps.TrainState(step, trainable, opt_state, nonfinite), jax.device_put(frozen, frozen_shardings)
+
+    @property
+    def batch_arrays(self) -> tuple[str, ...]:
+        """What a training batch consists of."""
+        return BATCH_ARRAYS if self.num_sources == 1 else (*BATCH_ARRAYS, SOURCE_IDS)
 
     def put(self, batch: dict[str, np.ndarray], rows: Sequence[int], total_rows: int) -> steps.Batch:
         """Host arrays `[A, len(rows), L]` to global device arrays `[A, total_rows, L]`.
@@ -63,7 +70,7 @@ class Program:
 
             return jax.make_array_from_callback((array.shape[0], total_rows, array.shape[2]), sharding, shard)
 
-        return {name: to_device(array) for name, array in batch.items() if name in BATCH_ARRAYS}
+        return {name: to_device(array) for name, array in batch.items() if name in self.batch_arrays}
 
     def local_rows(self, total_rows: int) -> tuple[int, ...]:
         """The rows of a global batch that this process's devices hold: decided by the mesh, not by process number."""
@@ -95,6 +102,7 @@ def build(
     trainable_regex: str,
     max_segments: int,
     seed: int,
+    num_sources: int = 1,
 ) -> Program:
     """Settles shapes and shardings; nothing is allocated and nothing compiled yet.
 
@@ -116,7 +124,7 @@ def build(
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     static = {"config": config, "runtime": runtime}
     train_step = jax.jit(
-        functools.partial(steps.train_step, **static, optimizer=optimizer, seed=seed),
+        functools.partial(steps.train_step, **static, optimizer=optimizer, seed=seed, num_sources=num_sources),
         donate_argnums=0,
         out_shardings=(state_shardings, replicated),
     )
@@ -124,7 +132,7 @@ def build(
         functools.partial(steps.eval_step, config=config, runtime=_deterministic(runtime), max_segments=max_segments),
         out_shardings=replicated,
     )
-    return Program(config, runtime, mesh, trainable_regex, optimizer, state, frozen, train_step, eval_step)
+    return Program(config, runtime, mesh, trainable_regex, optimizer, state, frozen, train_step, eval_step, num_sources)
 
 
 def _with_sharding(leaf, sharding):

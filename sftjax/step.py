@@ -34,13 +34,14 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def loss_and_gradients(
-    trainable, frozen, batch: Batch, rng, *, config: ModelConfig, runtime: decoder.Runtime
+    trainable, frozen, batch: Batch, rng, *, config: ModelConfig, runtime: decoder.Runtime, num_sources: int = 1
 ) -> tuple[dict[str, jax.Array], Any]:
     """Sums over the micro-batches, and the gradient of the step's loss.
 
     Returns:
       (sums, gradients): `sums` has scalars "nll" (weighted), "weight", "trained" and "correct" (tokens with weight
-      above 0), and "moe_loss" (weighted, mean over micro-batches; 0 without experts).
+      above 0), and "moe_loss" (weighted, mean over micro-batches; 0 without experts). With several sources also
+      "nll_by_source" and "weight_by_source", `[num_sources]`.
     """
     weight = jnp.sum(batch["weights"], dtype=jnp.float32)
     scale = 1.0 / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
@@ -69,6 +70,14 @@ def loss_and_gradients(
             "correct": jnp.sum(token["correct"] & trained),
             "moe_loss": moe_loss,
         }
+        if num_sources > 1:
+            each = {"nll_by_source": jnp.where(trained, token["nll"], 0.0), "weight_by_source": 1.0}
+            sums |= {
+                name: jax.ops.segment_sum(
+                    (value * micro["weights"]).ravel(), micro["source_ids"].ravel(), num_segments=num_sources
+                )
+                for name, value in each.items()
+            }
         return nll * scale + moe_loss, sums
 
     gradient = jax.grad(micro_loss, has_aux=True)
@@ -96,6 +105,7 @@ def train_step(
     runtime: decoder.Runtime,
     optimizer: optax.GradientTransformation,
     seed: int,
+    num_sources: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. A step whose loss or gradient isn't finite leaves parameters and optimizer as they were.
 
@@ -103,7 +113,7 @@ def train_step(
     that a run which is continued draws what it would have drawn.
 
     Returns:
-      (state, metrics): scalars "nll", "weight", "trained", "correct", "moe_loss", "grad_norm", "finite".
+      (state, metrics): the sums of `loss_and_gradients`, and the scalars "grad_norm" and "finite".
     """
     dropout_rng, rounding_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     sums, gradients = loss_and_gradients(
@@ -113,6 +123,7 @@ def train_step(
         dropout_rng if runtime.is_stochastic else None,
         config=config,
         runtime=runtime,
+        num_sources=num_sources,
     )
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(sums["nll"]) & jnp.isfinite(grad_norm)

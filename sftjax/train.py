@@ -95,6 +95,7 @@ class Progress:
     num_examples: int = 0
     train_nll: float = 0.0
     train_weight: float = 0.0
+    tokens_by_source: dict[str, int] = dataclasses.field(default_factory=dict)  # where there are several
     window: dict[str, float] = dataclasses.field(default_factory=dict)
     best: float = math.inf
     waited: int = 0
@@ -245,13 +246,20 @@ def record(job: Job, progress: Progress, pending, log) -> None:
       Diverged: too many steps in a row weren't finite.
     """
     step, figures, item = pending
-    figures = {name: float(value) for name, value in jax.device_get(figures).items()}
+    figures = {name: np.asarray(value, np.float64) for name, value in jax.device_get(figures).items()}
+    by_source = [figures.pop(name) for name in ("nll_by_source", "weight_by_source") if name in figures]
+    figures = {name: float(value) for name, value in figures.items()}
     info = item.info
     log.finished(info, figures["trained"])
     progress.num_tokens += info.real_tokens
     progress.num_examples += info.num_examples
+    for name, counts in info.tokens_by_source.items() if by_source else ():
+        progress.tokens_by_source[name] = progress.tokens_by_source.get(name, 0) + counts["tokens"]
     window = progress.window
     if figures["finite"]:
+        for name, nll, weight in zip(info.tokens_by_source, *by_source, strict=True) if by_source else ():
+            window[f"nll/{name}"] = window.get(f"nll/{name}", 0.0) + float(nll)
+            window[f"weight/{name}"] = window.get(f"weight/{name}", 0.0) + float(weight)
         progress.num_trained_tokens += int(figures["trained"])
         progress.train_nll += figures["nll"]
         progress.train_weight += figures["weight"]
@@ -282,10 +290,21 @@ def record(job: Job, progress: Progress, pending, log) -> None:
                 "loss_weight": window.get("weight", 0.0),
                 "mean_token_accuracy": window["correct"] / window["trained"] if window.get("trained") else math.nan,
                 "skipped_steps": int(window.get("skipped", 0)),
+                **source_figures(progress),
             },
         )
         progress.window = {"skipped_in_a_row": window["skipped_in_a_row"]}
     log.progress(step)
+
+
+def source_figures(progress: Progress) -> dict[str, float]:
+    """Of each of several sources: its tokens so far, and its loss in the window, if it was in it."""
+    figures: dict[str, float] = {}
+    for name, tokens in progress.tokens_by_source.items():
+        if weight := progress.window.get(f"weight/{name}"):
+            figures[f"loss/{name}"] = progress.window[f"nll/{name}"] / weight
+        figures[f"num_tokens/{name}"] = tokens
+    return figures
 
 
 def save(job: Job, checkpoints, state, frozen, progress: Progress, patience: Patience, log, evaluating: bool) -> bool:

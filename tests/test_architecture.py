@@ -17,7 +17,7 @@ LAYERS = [
     {"train", "plan_search", "bench", "serve", "synth"},
     {"plan"},
     {"job"},
-    {"chat", "finish", "inference"},
+    {"job_data", "chat", "finish", "inference"},
     {"doctor", "evaluate", "loading", "samples", "score", "runlog", "topology"},
     {"generate", "report", "costs", "divergence"},
     {"program"},
@@ -36,7 +36,19 @@ EVERYBODY = {"errors"}
 WINGS = {"data": set(), "curate": {"data"}, "scorers": {"data", "curate"}}
 USE_WINGS = set().union(*LAYERS[:7])
 # the others take plain arguments
-USE_CONFIG = {"main", "sweep", "train", "job", "plan", "plan_search", "plan_scaling", "bench", "finish", "convert"}
+USE_CONFIG = {
+    "main",
+    "sweep",
+    "train",
+    "job",
+    "job_data",
+    "plan",
+    "plan_search",
+    "plan_scaling",
+    "bench",
+    "finish",
+    "convert",
+}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 BANNED_MODULES = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from sftjax import job
+from sftjax import job, job_data
 from sftjax.parallel import mesh as meshes
 from sftjax.weights import families, hf
 from tests import tiny_run
@@ -85,7 +85,7 @@ def full_size(name: str, devices: int):
     model = families.read_config(CASES[name][0])
     spec = job.adapter_spec(config, model=model, grows=False)
     program, _ = job.build_program(config, model, spec, mesh, total_steps=100)
-    options = job.batching_options(config, mesh)
+    options = job_data.batching_options(config, mesh)
     shape = (options["accumulation"], options["batch_size"], options["length"])
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ("tokens", "targets", "segment_ids", "positions")}
     return config, program, {**batch, "weights": jax.ShapeDtypeStruct(shape, jnp.float32)}

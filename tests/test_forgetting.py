@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sftjax import config as config_lib
-from sftjax import divergence, job, loading, samples
+from sftjax import divergence, job_data, loading, samples
 from sftjax.data.encode import RowEncoder
 from sftjax.data.mixture import Ingredient, Mixture
 from sftjax.data.sources import open_source
@@ -104,13 +104,13 @@ def test_kl_is_that_of_the_export_to_the_base(run):
 def test_a_metric_that_is_not_measured_is_refused():
     config = config_lib.defaults()
     held_out, plain_text = SimpleNamespace(names=("a", "b")), SimpleNamespace(names=("c",))
-    job.check_metric(config, held_out, None)
-    job.check_metric(config, None, None)  # nothing is measured, and nothing chosen
+    job_data.check_metric(config, held_out, None)
+    job_data.check_metric(config, None, None)  # nothing is measured, and nothing chosen
     for metric in ("eval_loss/b", "plain_text_loss"):
         config.eval.metric_for_best_model = metric
-        job.check_metric(config, held_out, plain_text)
+        job_data.check_metric(config, held_out, plain_text)
     config.eval.metric_for_best_model = "kl_to_base"
     with pytest.raises(ConfigError, match="'kl_to_base' is not measured in this run; measured are eval_loss,"):
-        job.check_metric(config, held_out, plain_text)
+        job_data.check_metric(config, held_out, plain_text)
     config.eval.kl_tokens = 64
-    job.check_metric(config, held_out, plain_text)
+    job_data.check_metric(config, held_out, plain_text)

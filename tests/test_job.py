@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sftjax import config as config_lib
-from sftjax import job
+from sftjax import job, job_data
 from sftjax.errors import ConfigError
 from sftjax.models import decoder
 from sftjax.models.config import LayerSpec, ModelConfig, Rope
@@ -103,10 +103,10 @@ def test_flat_rows_follow_the_devices_and_hold_as_many_samples_as_the_rows_they_
     config.data.packing, config.data.max_segments = "padding_free", 5
     config.train.batch_size, config.train.gradient_accumulation_steps = 16, 2
     mesh = meshes.make({"data": 2, "fsdp": 2, "tensor": 2})
-    options = job.batching_options(config, mesh)
+    options = job_data.batching_options(config, mesh)
     assert (options["batch_size"], options["flat_rows"], options["fill"]) == (8, 4, "sequences")
     config.train.batch_tokens = 16 * config.data.max_length
-    options = job.batching_options(config, mesh)
+    options = job_data.batching_options(config, mesh)
     assert (options["fill"], options["max_segments"]) == ("tokens", 2 * 4 + 1)  # two rows of four samples, and the tail
     spec = job.adapter_spec(config, model=MODEL, grows=False)
     program, _ = job.build_program(config, MODEL, spec, mesh, total_steps=100)

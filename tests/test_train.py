@@ -249,7 +249,7 @@ def test_a_base_model_without_a_template_trains_on_text_and_refuses_conversation
     settings.pop("chat_template", None)
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
     texts = tmp_path / "texts.jsonl"
-    rows = [" ".join(m["content"] for m in json.loads(line)["messages"]) for line in open(place / "chats.jsonl")]
+    rows = [" ".join(m["content"] for m in row["messages"]) for row in tiny_run.lines(place / "chats.jsonl")]
     texts.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     fields = {"train__max_steps": 2, "eval__num_samples": 1}
     tiny_run.run(tiny_run.command(base, texts, tmp_path / "run", **fields))

@@ -211,27 +211,25 @@ def _seed(*parts: int) -> int:
 def _check(ingredients, *, temperature, replay_share, shares_of, epochs) -> None:
     chat = [i for i in ingredients if not i.replay]
     if not chat:
-        raise ConfigError("data.sources: no source to train on (all are replay, or there is none): add one")
+        raise ConfigError("data.train: no source to train on: name at least one file")
     given = [i.proportion is not None for i in chat]
     if any(given) and not all(given):
-        raise ConfigError("data.sources: give `proportion` to every source that isn't replay, or to none")
+        raise ConfigError("data.train: give `proportion` to every source, or to none")
     if any(i.replay for i in ingredients) != (replay_share > 0):
-        raise ConfigError("data.replay_share and sources with replay=True need each other: set both or neither")
+        raise ConfigError("data.replay_share and data.replay need each other: set both or neither")
     if not 0 <= replay_share < 1:
         raise ConfigError(f"data.replay_share={replay_share} must lie in [0, 1): 0.05 to 0.1 is usual")
     if temperature <= 0:
-        raise ConfigError(f"data.temperature={temperature} must be above 0")
+        raise ConfigError(f"data.mixing_temperature={temperature} must be above 0")
     if shares_of not in ("rows", "tokens"):
         raise ConfigError(f"data.shares_of={shares_of!r} must be 'rows' or 'tokens'")
     if epochs is not None and epochs <= 0:
-        raise ConfigError(f"train.epochs={epochs} must be above 0")
+        raise ConfigError(f"train.num_train_epochs={epochs} must be above 0")
     for i in ingredients:
         if i.weight <= 0 or (i.proportion is not None and i.proportion <= 0):
-            raise ConfigError(
-                f"data.sources: {i.source.name}: weight and proportion must be above 0; remove the source"
-            )
+            raise ConfigError(f"data.train: {i.source.name}: weight and proportion must be above 0; remove the source")
         if i.max_epochs is not None and i.max_epochs <= 0:
-            raise ConfigError(f"data.sources: {i.source.name}: max_epochs={i.max_epochs} must be above 0")
+            raise ConfigError(f"data.train: {i.source.name}: max_epochs={i.max_epochs} must be above 0")
 
 
 def _unique_names(ingredients: Sequence[Ingredient]) -> tuple[str, ...]:

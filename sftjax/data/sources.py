@@ -31,7 +31,9 @@ _SUFFIXES = {
     ".text": "text",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_SPEC_KEYS = frozenset({"path", "format", "split", "fields", "weight", "name", "data_dir", "unit", "revision"})
+_OWN_KEYS = {"path", "split", "name", "unit", "data_dir", "revision"}
+MIXTURE_KEYS = ("weight", "proportion", "max_epochs", "loss_weight")
+_SPEC_KEYS = frozenset({*_OWN_KEYS, *MIXTURE_KEYS, "format", "fields"})
 
 
 class Source(Protocol):
@@ -62,8 +64,8 @@ def open_source(spec: Mapping[str, Any] | str) -> Source:
         or any address fsspec knows (gs://bucket/x.jsonl), a folder, a pattern (data/*.jsonl), a list of these, a member
         of a zip or wheel (x.whl!inner/y.json), "tfds:name" or "hub:owner/name". `split` is "train", "train[:1000]",
         "[10%:]", or several joined by "+"; `unit` says what a row of a text file is: "line" (default), "paragraph"
-        (between empty lines) or "file". `data_dir` is where TFDS keeps its builds. The keys `format`, `fields` and
-        `weight` are for the encoder and the mixture, and not read here.
+        (between empty lines) or "file". `data_dir` is where TFDS keeps its builds. The other keys are for the encoder
+        and the mixture, and not read here.
 
     Raises:
       ConfigError: the spec says something that can't be.

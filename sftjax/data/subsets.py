@@ -53,7 +53,8 @@ def hold_out(
                 "add rows, or set data.eval to a file"
             )
         order = np.random.default_rng([seed, number]).permutation(size)
-        held.append(replace(ingredient, source=Subset(ingredient.source, np.sort(order[:count])), max_epochs=None))
+        # weights and shares are for training: what is held out is seen once, and counts alike
+        held.append(Ingredient(Subset(ingredient.source, np.sort(order[:count])), ingredient.encode))
         train.append(replace(ingredient, source=Subset(ingredient.source, np.sort(order[count:]))))
     return train, held
 
