@@ -18,6 +18,7 @@ from flax import linen as nn
 from sftjax.kernels.attention import make_info
 from sftjax.kernels.cross_entropy import cross_entropy
 from sftjax.kernels.linear import forward_product
+from sftjax.models import cache as caches
 from sftjax.models import layers, moe, ops
 from sftjax.models.config import LayerSpec, ModelConfig, layer_plan
 from sftjax.models.layers import BATCH, Runtime
@@ -151,12 +152,12 @@ def init_params(rng: Array, config: ModelConfig, dtype: Any = jnp.float32) -> di
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     """Empty keys and values: `{layers_<run>: {position: {"k", "v": [repeat, B, G, length, K]}}}`.
 
-    They belong to a runtime that computes in `dtype`; see `layers.cache_dtype` for how they are kept.
+    They belong to a runtime that computes in `dtype`; see `cache.kept_as` for how they are kept.
     """
 
     def empty(repeats: int) -> dict[str, Array]:
         shape = (repeats, batch, config.num_kv_heads, length, config.head_dim)
-        return {name: jnp.zeros(shape, layers.cache_dtype(dtype)) for name in ("k", "v")}
+        return {name: jnp.zeros(shape, caches.kept_as(dtype)) for name in ("k", "v")}
 
     return {
         f"layers_{run}": {str(position): empty(repeats) for position in range(len(unit))}

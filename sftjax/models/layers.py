@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from sftjax.kernels.attention import attention
 from sftjax.kernels.linear import linear
+from sftjax.models import cache as caches
 from sftjax.models import ops
 from sftjax.models.config import LayerSpec, ModelConfig
 from sftjax.parallel import partition
@@ -155,14 +156,15 @@ class Attention(nn.Module):
         sinks = trained(self, "sinks", init_matrix, (config.num_heads,)) if config.attention_sinks else None
         scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         if cache is not None:
-            cache = write_cache(cache, k, v, inputs["positions"], repeat)
+            cache = caches.write(cache, k, v, inputs["positions"], repeat)
         if inputs["info"] is None:  # decoding: the keys are the cache
-            out = ops.cached_attention(
+            out = caches.attention(
                 q,
-                *read_cache(cache, repeat, k.dtype),
+                cache,
+                repeat,
                 inputs["positions"],
                 window=self.spec.window,
-                soft_cap_at=config.attention_soft_cap,
+                soft_cap=config.attention_soft_cap,
                 scale=scale,
                 sinks_H=sinks,
             )
@@ -193,35 +195,6 @@ class Attention(nn.Module):
         split = flat.reshape(*flat.shape[:2], heads, config.head_dim)
         split = self.runtime.constrain(split, BATCH, "context", "tensor", None)
         return Norm(config, name=f"{kind}_norm")(split) if normed == "head" else split
-
-
-def cache_dtype(dtype: Any) -> jnp.dtype:
-    """How keys and values of this type are kept: 16-bit floats as their bits.
-
-    XLA:CPU would widen a whole bfloat16 cache to float32 and back for each scatter (190 ms against 0.2).
-    """
-    return jnp.dtype(jnp.uint16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
-
-
-def write_cache(cache: dict[str, Array], k: Array, v: Array, positions_BxT: Array, repeat: Array) -> dict[str, Array]:
-    """Puts new keys and values `[B, T, G, K]` into layer `repeat`'s slots; positions past the end are dropped."""
-    rows = jnp.arange(k.shape[0])[:, None]
-
-    def write(old: Array, new: Array) -> Array:
-        bits = new if new.dtype == old.dtype else jax.lax.bitcast_convert_type(new, old.dtype)
-        return old.at[repeat, rows, :, positions_BxT].set(bits, mode="drop")
-
-    return {"k": write(cache["k"], k), "v": write(cache["v"], v)}
-
-
-def read_cache(cache: dict[str, Array], repeat: Array, dtype: Any) -> tuple[Array, Array]:
-    """Keys and values of layer `repeat`, `[B, G, S, K]`."""
-
-    def read(old: Array) -> Array:
-        layer = jax.lax.dynamic_index_in_dim(old, repeat, keepdims=False)
-        return layer if layer.dtype == dtype else jax.lax.bitcast_convert_type(layer, dtype)
-
-    return read(cache["k"]), read(cache["v"])
 
 
 # ------------------------------------------------------------------------------------------------ variables and keys

@@ -235,40 +235,6 @@ def _longrope_factor(scaling: RopeScaling, original: int) -> float:
 # --------------------------------------------------------------------------------------------------------- decoding
 
 
-def cached_attention(
-    q_BxTxHxK: Array,
-    k_BxGxSxK: Array,
-    v_BxGxSxK: Array,
-    positions_BxT: Array,
-    *,
-    window: int | None,
-    soft_cap_at: float | None,
-    scale: float,
-    sinks_H: Array | None = None,
-) -> Array:
-    """Attention of a few new tokens over a cache whose slot `s` holds position `s`. Returns `[B, T, H, K]`.
-
-    A slot is seen if it is not after the query and within its window; slots not written yet are always after it.
-    """
-    batch, length, heads, size = q_BxTxHxK.shape
-    groups, slots = k_BxGxSxK.shape[1:3]
-    q = q_BxTxHxK.reshape(batch, length, groups, heads // groups, size)
-    scores = jnp.einsum("btgnk,bgsk->bgnts", q, k_BxGxSxK, preferred_element_type=jnp.float32)
-    scores = soft_cap(scores * scale, soft_cap_at)
-    distance = positions_BxT[:, :, None] - jnp.arange(slots, dtype=jnp.int32)[None, None, :]
-    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    scores = jnp.where(seen[:, None, None], scores, -1e30)
-    if sinks_H is None:
-        shares = jax.nn.softmax(scores, axis=-1)
-    else:
-        sinks = sinks_H.astype(jnp.float32).reshape(1, groups, heads // groups, 1, 1)
-        largest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
-        shares = jnp.exp(scores - largest)
-        shares = shares / (jnp.sum(shares, axis=-1, keepdims=True) + jnp.exp(sinks - largest))
-    out = jnp.einsum("bgnts,bgsk->btgnk", shares.astype(v_BxGxSxK.dtype), v_BxGxSxK)
-    return out.reshape(batch, length, heads, size).astype(q_BxTxHxK.dtype)
-
-
 def _scale(weight: Array, plus_one: bool) -> Array:
     weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
     return weight + 1 if plus_one else weight

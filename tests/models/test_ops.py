@@ -79,17 +79,3 @@ def test_neftune_noise_has_the_size_of_the_own_segment_and_spares_padding():
         bound = alpha / np.sqrt(size * dim)
         assert 0.95 * bound < np.abs(noise[rows]).max() <= bound
     assert not noise[8:].any()
-
-
-def test_cached_attention_sees_what_stands_before_it_within_the_window():
-    keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (2, 1, 4, 8))
-    k, v = (jax.random.normal(key, (2, 2, 10, 8)) for key in keys[1:])
-    at = jnp.array([[6], [3]])
-
-    def run(k, v, window):
-        return ops.cached_attention(q, k, v, at, window=window, soft_cap_at=None, scale=0.3)
-
-    for window, first in ((None, 0), (3, 4)):
-        reach = jnp.abs(jax.grad(lambda v, w=window: run(k, v, w)[0].sum())(v)[0]).sum((0, 2)) > 0
-        np.testing.assert_array_equal(np.flatnonzero(reach), np.arange(first, 7))
