@@ -85,6 +85,17 @@ def peer_trl(
     }
 
 
+def train_in(folder: Path, fields: dict[str, Any]) -> int:
+    """Runs the main program in `folder` with these settings, unless such a run is finished there (0 then).
+
+    Returns:
+      the largest resident memory of its process in bytes.
+    """
+    flags = [f"--config.{name}={value}" for name, value in {**fields, "run_dir": str(folder)}.items()]
+    line = [sys.executable, "-m", "sftjax.main", f"--config={ROOT / 'configs' / 'smollm2_135m.py'}", *flags]
+    return 0 if (folder / "summary.json").exists() else run(line)[1]
+
+
 def run(line: list[str]) -> tuple[str, int]:
     """Runs a program; its standard output, and the largest resident memory of its process in bytes."""
     process = subprocess.Popen(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sftjax.bench import ROOT, run
+from sftjax.bench import train_in
 from sftjax.errors import ConfigError
 from sftjax.runlog import read_lines
 
@@ -97,9 +96,7 @@ def _one(folder: Path, method: str, seed: int, fields: dict[str, Any]) -> Result
     done = folder / "method.json"
     if done.exists():
         return Result(**json.loads(done.read_text()))
-    flags = [f"--config.{name}={value}" for name, value in {**fields, "seed": seed, "run_dir": str(folder)}.items()]
-    config = ROOT / "configs" / "smollm2_135m.py"
-    _, peak = run([sys.executable, "-m", "sftjax.main", f"--config={config}", *flags])
+    peak = train_in(folder, {**fields, "seed": seed})
     summary = json.loads((folder / "summary.json").read_text())
     sizes = json.loads((folder / "model.json").read_text())
     result = Result(

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports only go to a later line; names on one line don't import each other. (A package may import within itself.)
 LAYERS = [
-    {"main", "convert", "chat", "inference", "plan_scaling", "assess", "bench_methods", "bench_loading"},
+    {"main", "convert", "chat", "inference", "plan_scaling", "assess", "bench_data", "bench_loading"},
+    {"bench_methods"},
     {"sweep"},
     {"train", "plan_search", "bench", "serve", "synth"},
     {"plan"},
@@ -34,7 +35,7 @@ LAYERS = [
 EVERYBODY = {"errors"}
 # each with the wings it may use beside numpy, Grain and the tokenizer
 WINGS = {"data": set(), "curate": {"data"}, "scorers": {"data", "curate"}}
-USE_WINGS = set().union(*LAYERS[:7])
+USE_WINGS = set().union(*LAYERS[:8])
 # the others take plain arguments
 USE_CONFIG = {
     "main",
