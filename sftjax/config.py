@@ -100,6 +100,7 @@ def defaults() -> ConfigDict:
     config.train.warmup_ratio = 0.03
     config.train.warmup_steps = 0  # overrides the ratio
     config.train.optim = "adamw"
+    config.train.offload_optimizer = False  # its state waits in the host's memory between updates
     config.train.adam_beta1 = 0.9
     config.train.adam_beta2 = 0.999
     config.train.adam_epsilon = 1e-8

@@ -19,7 +19,7 @@ from sftjax import tree
 from sftjax.hardware import Chip
 from sftjax.kernels import cross_entropy
 from sftjax.models.config import LayerSpec, ModelConfig
-from sftjax.program import Program
+from sftjax.program import HOST_MEMORY, Program
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------
 
@@ -90,7 +90,8 @@ class Memory:
     """Bytes on one device. What is held between steps is exact, the rest is an estimate."""
 
     trained: int  # parameters being trained, an adapter included
-    optimizer: int
+    optimizer: int  # its state, unless that waits in the host's memory
+    offloaded: int  # that which does: it is here for the update only, when activations are gone
     frozen: int  # base weights or their codes
     gradients: int
     saved: int  # activations kept for the backward pass
@@ -104,7 +105,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """The backward pass holds either a layer or the head at work, not both."""
-        return self.held + self.gradients + self.saved + max(self.layer, self.head)
+        return self.held + self.gradients + max(self.saved + max(self.layer, self.head), self.offloaded)
 
 
 def memory(program: Program, platform: str, *, rows: int, length: int, accumulation: int) -> Memory:
@@ -120,6 +121,7 @@ def memory(program: Program, platform: str, *, rows: int, length: int, accumulat
     tensor = mesh.shape["tensor"]
     tokens = rows * length // math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "context"))
     gradients = local_bytes(state.trainable)
+    offloaded = local_bytes([x for x in jax.tree.leaves(state.opt_state) if x.sharding.memory_kind == HOST_MEMORY])
     kept, inside = _activations(config, program.runtime.remat, wide, tensor)
     trains_head = any("lm_head" in path or "embed_tokens" in path for path in tree.flatten(state.trainable))
     head = config.vocab_size * config.hidden_size // tensor
@@ -128,7 +130,8 @@ def memory(program: Program, platform: str, *, rows: int, length: int, accumulat
     at_once = cross_entropy.LOGITS_BYTES.get(platform, cross_entropy.LOGITS_BYTES_ELSEWHERE)
     return Memory(
         trained=gradients,
-        optimizer=local_bytes(state.opt_state),
+        optimizer=local_bytes(state.opt_state) - offloaded,
+        offloaded=offloaded,
         frozen=local_bytes(program.abstract_frozen),
         gradients=gradients * (2 if accumulation > 1 else 1),
         saved=tokens * kept,

@@ -67,6 +67,9 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     plain_text = job_data.open_plain_text(config, opened.tokenizer)
     job_data.check_metric(config, held_out, plain_text)
     mesh = meshes.make({axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor", "context", "expert")})
+    kinds = {memory.kind for device in mesh.local_devices for memory in device.addressable_memories()}
+    if config.train.offload_optimizer and program.HOST_MEMORY not in kinds:
+        raise ConfigError(f"train.offload_optimizer: these devices reach no {program.HOST_MEMORY} memory: leave it out")
     batching = job_data.batching_options(config, mesh)
 
     fingerprints = {
@@ -234,6 +237,7 @@ def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, to
         max_segments=config.data.max_segments,
         seed=config.seed,
         num_sources=num_sources,
+        offload_optimizer=config.train.offload_optimizer,
     )
     return built, schedule
 

@@ -21,6 +21,7 @@ from sftjax.models.decoder import Runtime
 from sftjax.parallel import partition
 
 BATCH_ARRAYS = ("tokens", "targets", "weights", "segment_ids", "positions")
+HOST_MEMORY = "pinned_host"
 SOURCE_IDS = "source_ids"  # beside them where the losses of several sources are told apart
 
 
@@ -103,12 +104,14 @@ def build(
     max_segments: int,
     seed: int,
     num_sources: int = 1,
+    offload_optimizer: bool = False,
 ) -> Program:
     """Settles shapes and shardings; nothing is allocated and nothing compiled yet.
 
     Args:
       abstract_variables: collections of `ShapeDtypeStruct`s ("params", and "adapter" or "quant" where there are any).
       trainable_regex: over "<collection>/<path>".
+      offload_optimizer: keep its state in the host's pinned memory between updates.
     """
     shardings = partition.shardings(abstract_variables, mesh)
     abstract = jax.tree.map(_with_sharding, abstract_variables, shardings)
@@ -118,13 +121,23 @@ def build(
     replicated = NamedSharding(mesh, PartitionSpec())
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     opt_state = jax.eval_shape(optimizer.init, trainable)
-    opt_state = jax.tree.map(_with_sharding, opt_state, partition.state_shardings(opt_state, trainable, mesh))
+    opt_shardings = partition.state_shardings(opt_state, trainable, mesh)
+    opt_state = jax.tree.map(_with_sharding, opt_state, opt_shardings)
+    if offload_optimizer:
+        opt_state = jax.tree.map(_in_host_memory, opt_state)
     state = steps.TrainState(counter, trainable, opt_state, counter)
 
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     static = {"config": config, "runtime": runtime}
     train_step = jax.jit(
-        functools.partial(steps.train_step, **static, optimizer=optimizer, seed=seed, num_sources=num_sources),
+        functools.partial(
+            steps.train_step,
+            **static,
+            optimizer=optimizer,
+            seed=seed,
+            num_sources=num_sources,
+            opt_shardings=opt_shardings if offload_optimizer else None,
+        ),
         donate_argnums=0,
         out_shardings=(state_shardings, replicated),
     )
@@ -137,6 +150,10 @@ def build(
 
 def _with_sharding(leaf, sharding):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _in_host_memory(leaf):
+    return leaf if leaf.ndim == 0 else _with_sharding(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY))
 
 
 def _deterministic(runtime: Runtime) -> Runtime:

@@ -106,11 +106,15 @@ def train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     num_sources: int = 1,
+    opt_shardings: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. A step whose loss or gradient isn't finite leaves parameters and optimizer as they were.
 
     Randomness (dropout, noise, the rounding of bfloat16 parameters) depends on the seed and the step's number alone, so
     that a run which is continued draws what it would have drawn.
+
+    Args:
+      opt_shardings: where the optimizer's state is worked on, if that isn't where it lies.
 
     Returns:
       (state, metrics): the sums of `loss_and_gradients`, and the scalars "grad_norm" and "finite".
@@ -129,7 +133,8 @@ def train_step(
     finite = jnp.isfinite(sums["nll"]) & jnp.isfinite(grad_norm)
     # A step without a single trained token changes nothing either: weight decay alone isn't training.
     apply = finite & (sums["weight"] > 0)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+    before = state.opt_state if opt_shardings is None else jax.device_put(state.opt_state, opt_shardings)
+    updates, opt_state = optimizer.update(gradients, before, state.trainable)
     trainable = optim.apply_updates(state.trainable, updates, rounding_rng=rounding_rng)
 
     def choose(new, old):
@@ -138,7 +143,7 @@ def train_step(
     new_state = TrainState(
         step=state.step + 1,
         trainable=jax.tree.map(choose, trainable, state.trainable),
-        opt_state=jax.tree.map(choose, opt_state, state.opt_state),
+        opt_state=jax.tree.map(choose, opt_state, before),
         nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
     )
     return new_state, {**sums, "grad_norm": grad_norm, "finite": finite}

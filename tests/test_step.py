@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sftjax import optim, program, step, tree
+from sftjax import costs, optim, program, step, tree
 from sftjax.data import packing, pipeline
 from sftjax.data.mixture import Ingredient, Mixture
 from sftjax.data.types import Sample
@@ -167,8 +167,19 @@ def test_micro_batches_without_a_trained_token_change_nothing():
     assert_same(full, with_silent)
 
 
-def build(mesh_shape, spec=None, devices=1, learning_rate=1e-2, dtype=jnp.float32, remat="full", kind=None, ratio=1.0):
-    """A program on some devices, its state and frozen leaves. `kind` of quantised base, `ratio` of LoRA+."""
+def build(
+    mesh_shape,
+    spec=None,
+    devices=1,
+    learning_rate=1e-2,
+    dtype=jnp.float32,
+    remat="full",
+    kind=None,
+    ratio=1.0,
+    **options,
+):
+    """A program on some devices, its state and frozen leaves. `kind` of quantised base, `ratio` of LoRA+; `options` of
+    `program.build`."""
     spec = spec or AdapterSpec(method="full")
     mesh = meshes.make(
         {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1, **mesh_shape}, jax.devices()[:devices]
@@ -192,6 +203,7 @@ def build(mesh_shape, spec=None, devices=1, learning_rate=1e-2, dtype=jnp.float3
         trainable_regex=lora.trainable_regex(spec),
         max_segments=4,
         seed=0,
+        **options,
     )
     copies = jax.tree.map(jnp.array, variables)
     return built, *built.init_state(copies)
@@ -243,6 +255,21 @@ def test_packing_recomputation_and_devices_don_t_change_the_curve_of_any_variant
     other, _ = losses(*build({"fsdp": 4, "tensor": 2}, spec, 8, remat="none", **options), 3, 1, packed=True)
     np.testing.assert_allclose(other, plain, rtol=1e-5)
     assert plain[-1] < plain[0] - 1e-4
+
+
+@pytest.mark.parametrize(("mesh_shape", "devices"), [({}, 1), ({"fsdp": 4, "tensor": 2}, 8)])
+def test_a_state_that_waits_on_the_host_changes_nothing(mesh_shape, devices):
+    plain, state = losses(*build(mesh_shape, devices=devices))
+    built, *start = build(mesh_shape, devices=devices, offload_optimizer=True)
+    found, waiting = losses(built, *start)
+    np.testing.assert_array_equal(found, plain)
+    for here, there in zip(*map(jax.tree.leaves, (state.opt_state, waiting.opt_state)), strict=True):
+        assert there.sharding.memory_kind == ("pinned_host" if there.ndim else here.sharding.memory_kind)
+        assert there.sharding.spec == here.sharding.spec
+        np.testing.assert_array_equal(there, here)
+    memory = costs.memory(built, "tpu", rows=8, length=LENGTH, accumulation=1)
+    held = costs.memory(build(mesh_shape, devices=devices)[0], "tpu", rows=8, length=LENGTH, accumulation=1)
+    assert memory.optimizer + memory.offloaded == held.optimizer and memory.optimizer < 100 and memory.peak < held.peak
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec(method="full"), AdapterSpec(method="lora", rank=4, alpha=8)])

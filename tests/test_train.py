@@ -93,6 +93,16 @@ def test_sigterm_saves_and_says_so(place, unbroken):
     assert_same_run(unbroken, place / "stopped")
 
 
+def test_a_state_that_waited_on_the_host_is_saved_and_resumed(place, unbroken):
+    line = command(place, "offloaded", **STEADY, train__offload_optimizer=True)
+    process = subprocess.Popen(line, cwd=tiny_run.ROOT, env=tiny_run.environment(), stderr=subprocess.PIPE, text=True)
+    wait_for_step(place / "offloaded", 10, process)
+    process.kill()
+    process.communicate()
+    assert "continuing from step 1" in tiny_run.run(line).stdout
+    assert_same_run(unbroken, place / "offloaded")
+
+
 @pytest.mark.parametrize(
     ("packing", "reduction"),
     [("best_fit", "token"), ("none", "token"), ("padding_free", "token"), ("best_fit", "example")],
