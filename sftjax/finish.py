@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import shutil
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sftjax import doctor, loading, report, tree
 from sftjax.checkpoint import Checkpointer
 from sftjax.data import pipeline as pipelines
+from sftjax.errors import Diverged
 from sftjax.evaluate import Evaluation, bootstrap_difference
 from sftjax.models import decoder
 from sftjax.parallel import partition
@@ -27,11 +29,21 @@ MAX_RELATIVE_DIFFERENCE = 1e-5  # reloaded against the same weights in memory, f
 
 
 def finish(job, state, frozen) -> None:
-    """Exports and verifies, writes summary, findings and report, and prints what a person wants to know."""
+    """Exports and verifies, writes summary, findings and report, and prints what a person wants to know.
+
+    Raises:
+      Diverged: the model that would be exported has no finite loss.
+    """
     config = job.config
     state, step = chosen_state(job, state)
     summary: dict[str, Any] = {"steps": int(state.step), "exported_step": step}
     summary |= compare_held_out(job, step) | compare_plain_text(job, step)
+    if not math.isfinite(summary.get("eval_loss_after", 0.0)):
+        report.write(job.folder.path)
+        raise Diverged(
+            f"the held-out loss after step {step} is not finite, so nothing is exported: lower train.learning_rate and "
+            f"train again in another run_dir; {job.folder.file('report.html')} shows where it went wrong"
+        )
     if config.export.enabled:
         summary["export"] = job.folder.file("export")
         summary["verification"] = export_and_verify(job, state, frozen, summary["export"])

@@ -170,7 +170,8 @@ def test_the_page_compares_them_offline(tmp_path):
 def test_a_sweep_of_the_main_program(tmp_path):
     tiny_run.model(tmp_path / "model")
     tiny_run.conversations(tmp_path / "chats.jsonl")
-    fields = {"train__max_steps": 9, "eval__num_samples": 0, "export__enabled": False, "log__tensorboard": False}
+    # too few steps for five bad ones in a row: it is the held-out loss that gives the diverged run away
+    fields = {"train__max_steps": 6, "eval__num_samples": 0, "export__enabled": False, "log__tensorboard": False}
     line = tiny_run.command(tmp_path / "model", tmp_path / "chats.jsonl", tmp_path / "sweep", **fields)
     line.append("--sweep=train.learning_rate=1e-4|1e30|3e-3")
     done = tiny_run.run(line, code=76)
