@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sftjax.bench import train_in
-from sftjax.bench_methods import METHODS
+from sftjax.bench_methods import METHODS, short_run
 from sftjax.curate import run as curation
 from sftjax.curate.settings import Settings
 from sftjax.runlog import read_lines
@@ -98,22 +98,9 @@ def replayed(
     return results
 
 
-def settings(*, model: str, steps: int, max_length: int, eval_rows: int) -> dict[str, Any]:
-    """A short LoRA run."""
-    return {
-        **METHODS["lora"],
-        "model.path": model,
-        "data.max_eval_rows": eval_rows,
-        "data.max_length": max_length,
-        "data.max_dropped_fraction": 1.0,  # rows that give nothing are a part of what is compared
-        "data.over_length": "split",
-        "train.batch_size": 1,
-        "train.max_steps": steps,
-        "train.warmup_ratio": 0.1,
-        "eval.num_samples": 0,
-        "export.enabled": False,
-        "log.tensorboard": False,
-    }
+def settings(**sizes: Any) -> dict[str, Any]:
+    """A short LoRA run; see `bench_methods.short_run`. Rows that give nothing are a part of what is compared."""
+    return {**short_run(**sizes), **METHODS["lora"], "data.max_dropped_fraction": 1.0}
 
 
 def _one(folder: Path, variant: str, rows: int, fields: dict[str, Any]) -> Result:

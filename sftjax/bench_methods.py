@@ -67,10 +67,23 @@ def compare(
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise ConfigError(f"unknown method {unknown[0]!r}: choose from {', '.join(METHODS)}")
-    shared = {
-        "model.path": model,
+    shared = short_run(model=model, steps=steps, batch_size=batch_size, max_length=max_length, eval_rows=eval_rows) | {
         "data.train": f"('{data}',)",
         "data.eval": f"('{held_out}',)",
+    }
+    results = []
+    for seed in seeds:
+        for method in methods:
+            result = _one(Path(folder) / f"{method}-{seed}", method, seed, {**shared, **METHODS[method]})
+            say(f"{method}, seed {seed}: {result.loss_before:.4f} -> {result.loss_after:.4f}")
+            results.append(result)
+    return results
+
+
+def short_run(*, model: str, steps: int, max_length: int, eval_rows: int, batch_size: int = 1) -> dict[str, Any]:
+    """Settings of a run that is there to be measured: evaluated before and after, nothing exported."""
+    return {
+        "model.path": model,
         "data.eval_fraction": 0.0,
         "data.max_eval_rows": eval_rows,
         "data.max_length": max_length,
@@ -83,13 +96,6 @@ def compare(
         "export.enabled": False,
         "log.tensorboard": False,
     }
-    results = []
-    for seed in seeds:
-        for method in methods:
-            result = _one(Path(folder) / f"{method}-{seed}", method, seed, {**shared, **METHODS[method]})
-            say(f"{method}, seed {seed}: {result.loss_before:.4f} -> {result.loss_after:.4f}")
-            results.append(result)
-    return results
 
 
 def _one(folder: Path, method: str, seed: int, fields: dict[str, Any]) -> Result:

@@ -8,6 +8,8 @@ from jax.sharding import AxisType, Mesh
 
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
 
+HOST_MEMORY = "pinned_host"  # of the host, as devices reach it; nothing is computed in it
+
 
 def make_mesh(devices: np.ndarray, axis_names: tuple[str, ...]) -> Mesh:
     """A mesh whose axes the compiler partitions by itself.

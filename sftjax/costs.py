@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sftjax import tree
+from sftjax import compat, tree
 from sftjax.hardware import Chip
 from sftjax.kernels import cross_entropy
 from sftjax.models.config import LayerSpec, ModelConfig
-from sftjax.program import HOST_MEMORY, Program
+from sftjax.program import Program
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,9 @@ def memory(program: Program, platform: str, *, rows: int, length: int, accumulat
     tensor = mesh.shape["tensor"]
     tokens = rows * length // math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "context"))
     gradients = local_bytes(state.trainable)
-    offloaded = local_bytes([x for x in jax.tree.leaves(state.opt_state) if x.sharding.memory_kind == HOST_MEMORY])
+    offloaded = local_bytes(
+        [x for x in jax.tree.leaves(state.opt_state) if x.sharding.memory_kind == compat.HOST_MEMORY]
+    )
     kept, inside = _activations(config, program.runtime.remat, wide, tensor)
     trains_head = any("lm_head" in path or "embed_tokens" in path for path in tree.flatten(state.trainable))
     head = config.vocab_size * config.hidden_size // tensor

@@ -77,7 +77,7 @@ def digest(flat: Mapping[str, Any]) -> dict[str, str]:
         sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        if sharding is not None and sharding.memory_kind == "pinned_host":  # where nothing can be computed
+        if sharding is not None and sharding.memory_kind == compat.HOST_MEMORY:  # where nothing can be computed
             leaf = jax.device_put(leaf, sharding.with_memory_kind("device"))
         sums[path] = compat.in_turn(_jitted_digest(replicated)(leaf))
     found = jax.device_get(sums)

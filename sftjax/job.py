@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sftjax import compat, costs, job_data, loading, optim, program, runs, samples, stopping, tree
 from sftjax import config as config_lib
-from sftjax import costs, job_data, loading, optim, program, runs, samples, stopping, tree
 from sftjax.data import preflight as preflights
 from sftjax.data import preview, rendering
 from sftjax.data.mixture import Mixture
@@ -68,8 +68,8 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     job_data.check_metric(config, held_out, plain_text)
     mesh = meshes.make({axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor", "context", "expert")})
     kinds = {memory.kind for device in mesh.local_devices for memory in device.addressable_memories()}
-    if config.train.offload_optimizer and program.HOST_MEMORY not in kinds:
-        raise ConfigError(f"train.offload_optimizer: these devices reach no {program.HOST_MEMORY} memory: leave it out")
+    if config.train.offload_optimizer and compat.HOST_MEMORY not in kinds:
+        raise ConfigError(f"train.offload_optimizer: these devices reach no {compat.HOST_MEMORY} memory: leave it out")
     batching = job_data.batching_options(config, mesh)
 
     fingerprints = {

@@ -13,15 +13,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sftjax import compat, tree
 from sftjax import step as steps
-from sftjax import tree
 from sftjax.kernels import nf4
 from sftjax.models.config import ModelConfig
 from sftjax.models.decoder import Runtime
 from sftjax.parallel import partition
 
 BATCH_ARRAYS = ("tokens", "targets", "weights", "segment_ids", "positions")
-HOST_MEMORY = "pinned_host"
 SOURCE_IDS = "source_ids"  # beside them where the losses of several sources are told apart
 
 
@@ -153,7 +152,7 @@ def _with_sharding(leaf, sharding):
 
 
 def _in_host_memory(leaf):
-    return leaf if leaf.ndim == 0 else _with_sharding(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY))
+    return leaf if leaf.ndim == 0 else _with_sharding(leaf, leaf.sharding.with_memory_kind(compat.HOST_MEMORY))
 
 
 def _deterministic(runtime: Runtime) -> Runtime:

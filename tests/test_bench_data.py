@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from sftjax import bench_data
@@ -10,7 +11,8 @@ from tests import tiny_run
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device in the runs
+    jax.devices()  # this process has its eight before the runs get one
+    monkeypatch.setenv("XLA_FLAGS", "")
     model = tiny_run.model(tmp_path / "model")
     tiny_run.conversations(tmp_path / "chats.jsonl")
     tiny_run.conversations(tmp_path / "held_out.jsonl", count=8, seed=1)
