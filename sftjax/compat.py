@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
@@ -9,6 +11,23 @@ from jax.sharding import AxisType, Mesh
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
 
 HOST_MEMORY = "pinned_host"  # of the host, as devices reach it; nothing is computed in it
+
+
+def order_collectives() -> None:
+    """Has XLA run a program's collectives in one order on all CPU devices; before jax first looks at its devices.
+
+    By default each device starts whatever is ready, and blocks a thread until the others have come to the same one. Two
+    collectives that don't depend on each other, started in different orders, wait for ever (jax 0.10, two cores: one
+    evaluation of a few dozen on eight simulated devices; none of thousands with this). It costs a little speed, and
+    isn't needed where a device is alone.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_enable_concurrency_optimized_scheduler" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_enable_concurrency_optimized_scheduler=false".strip()
+
+
+if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
+    order_collectives()
 
 
 def make_mesh(devices: np.ndarray, axis_names: tuple[str, ...]) -> Mesh:

@@ -12,6 +12,7 @@ import os
 
 import jax
 
+from sftjax import compat
 from sftjax.errors import ConfigError
 
 
@@ -34,6 +35,8 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1) -> int:
         if processes > 1:
             raise ConfigError("several processes need --coordinator=HOST:PORT, the address of process 0")
         return 1
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        compat.order_collectives()
     try:
         if coordinator:
             if processes < 1 or not 0 <= process < processes:

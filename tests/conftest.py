@@ -11,4 +11,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
+import sftjax.compat  # noqa: F401  # before jax looks at its devices: it keeps their collectives in order
+
 jax.config.update("jax_numpy_rank_promotion", "raise")

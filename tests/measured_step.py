@@ -43,8 +43,8 @@ def main(method: str) -> None:
         config = config_lib.defaults()
         config.model.path = folder
         config.data.train = ("unread.jsonl",)
-        config.data.max_length = 512
-        config.train.batch_size = 2
+        config.data.max_length = 1024
+        config.train.batch_size = 4
         config.peft.method = method
         step = plan.settle(config, topology.find("cpu"))
     executable = plan.compile_step(step)
