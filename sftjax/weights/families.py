@@ -51,6 +51,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family("Olmo2ForCausalLM", others.read_olmo2, others.write_olmo2),
     "granite": Family("GraniteForCausalLM", llama.read_granite, llama.write_granite),
     "smollm3": Family("SmolLM3ForCausalLM", llama.read_smollm3, llama.write_smollm3),
+    "seed_oss": Family("SeedOssForCausalLM", llama.read_seed_oss, llama.write_seed_oss),
     "gpt_oss": Family("GptOssForCausalLM", others.read_gpt_oss, others.write_gpt_oss, "gpt_oss"),
     "cohere": Family("CohereForCausalLM", others.read_cohere, others.write_cohere),
     "cohere2": Family("Cohere2ForCausalLM", others.read_cohere2, others.write_cohere2),

@@ -1,4 +1,4 @@
-"""Families that are Llama with other fields: Llama, Mistral, Granite, SmolLM3, Qwen, Mixtral; see `families.py`."""
+"""Families that are Llama with other fields: Mistral, Granite, SmolLM3, Seed-OSS, Qwen, Mixtral; see `families.py`."""
 
 from __future__ import annotations
 
@@ -87,6 +87,21 @@ def write_smollm3(config: ModelConfig) -> dict[str, Any]:
         "use_sliding_window": parts.window(config) is not None,
         "sliding_window": parts.window(config),
     }
+
+
+def read_seed_oss(fields: Fields) -> ModelConfig:
+    sizes = parts.sizes(fields, max_position=524_288, head_dim=128)
+    layers = parts.specs(parts.windows(fields, None), parts.read_rope(fields, sizes))
+    biases = {
+        "qkv_bias": fields.take("attention_bias", True),
+        "o_bias": fields.take("attention_out_bias", False),
+        "mlp_bias": fields.take("mlp_bias", False),
+    }
+    return ModelConfig(**sizes, **biases, layers=layers)
+
+
+def write_seed_oss(config: ModelConfig) -> dict[str, Any]:
+    return write_llama(config) | {"attention_out_bias": config.o_bias}
 
 
 def _switched_window(fields: Fields, default: int | None = 4096) -> int | None:

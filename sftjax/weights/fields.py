@@ -16,7 +16,7 @@ from sftjax.errors import ConfigError
 _HARMLESS = re.compile(
     r"_.*(?<!_internal)|architectures|dtype|torch_dtype|transformers_version|transformers\.js_config|auto_map"
     r"|initializer_range|use_cache|cache_implementation|pretraining_tp|tokenizer_class|unsloth.*|is_llama_config"
-    r"|\w+_token_id|attention_dropout|hidden_dropout|embd_pdrop|resid_pdrop|output_router_logits"
+    r"|\w+_token_id|attention_dropout|hidden_dropout|residual_dropout|embd_pdrop|resid_pdrop|output_router_logits"
     r"|output_attentions|output_hidden_states|return_dict|torchscript|use_bfloat16|is_decoder|id2label|label2id"
     r"|finetuning_task|task_specific_params|problem_type|name_or_path|num_labels|chunk_size_feed_forward"
     r"|max_length|min_length|do_sample|temperature|top_k|top_p|num_beams|repetition_penalty|model_name|license"

@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama_yarn": dict(model_type="llama") | _rope("yarn", factor=4.0, original_max_position_embeddings=128),
     "llama_biases": dict(model_type="llama", attention_bias=True, mlp_bias=True, head_dim=24),
     "smollm3": dict(model_type="smollm3", num_hidden_layers=5, no_rope_layer_interval=4),
+    "seed_oss": dict(model_type="seed_oss", head_dim=24, attention_out_bias=True),
     "mistral": dict(model_type="mistral", sliding_window=48),
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
     "qwen2": dict(model_type="qwen2", use_sliding_window=True, sliding_window=48, max_window_layers=1),

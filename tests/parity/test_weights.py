@@ -27,7 +27,7 @@ def saved(folder, name, **options):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    return model
+    return model.eval()
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)

@@ -71,6 +71,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         dict(attention_multiplier=0.2, embedding_multiplier=3.0, residual_multiplier=0.3, logits_scaling=7.0),
     ),
     "smollm3": ("SmolLM3Config", {}),
+    "seed_oss": ("SeedOssConfig", dict(head_dim=16)),
     "gpt_oss": ("GptOssConfig", dict(num_local_experts=4, head_dim=16, num_experts_per_tok=2)),
     "cohere": ("CohereConfig", {}),
     "cohere2": ("Cohere2Config", dict(sliding_window=16)),
