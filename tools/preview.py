@@ -1,7 +1,8 @@
 """Shows what a data file becomes: conversations with the trained tokens coloured.
 
 In the terminal; or with --out FILE.jsonl one line per sample, {"index", "sample", "tokens", "weights", "text"} (a row
-that can't be used gives {"index", "error"}); or with --out FILE.html one page that opens offline.
+that can't be used gives {"index", "error"}); or with --out FILE.html one page that opens offline, with search, filters
+by source, score, length and rule, histograms, and with --max_length the rows that the samples are packed into.
 """
 
 import argparse
@@ -26,39 +27,53 @@ def load_tokenizer(model: str, template: str | None, end_of_turn: str | None):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
-    parser.add_argument("--data", required=True, help="file of rows, or any source a config takes")
+    parser.add_argument("--data", required=True, nargs="+", help="files of rows, or any sources a config takes")
     parser.add_argument("--out", help="FILE.jsonl or FILE.html; without it the terminal")
     parser.add_argument("--template", help="chat template: built-in name or file (default: the model's own)")
     parser.add_argument("--end_of_turn", help="token that ends an answer, in place of the template's")
     parser.add_argument("--format", default="auto", help="of the rows (default: recognised)")
     parser.add_argument("--train_on", default="all", choices=("all", "last", "weights"))
     parser.add_argument("--split", default="", help="part of the file, such as [:100]")
-    parser.add_argument("--limit", type=int, help="rows to show (default: all for a .jsonl, else 20)")
+    parser.add_argument("--limit", type=int, help="rows of each file to show (default: .jsonl all, .html 500, else 20)")
+    parser.add_argument("--max_length", type=int, default=0, help="with .html: draw the packed rows of so many tokens")
+    parser.add_argument("--removed", help="with .html: removed.jsonl of tools/curate.py, to show why a row was removed")
     args = parser.parse_args()
-    if args.out and Path(args.out).suffix not in (".jsonl", ".html"):
+    kind = Path(args.out).suffix if args.out else ""
+    if args.out and kind not in (".jsonl", ".html"):
         raise ConfigError(f"--out {args.out}: the name has to end in .jsonl or .html")
+    if kind == ".jsonl" and len(args.data) > 1:
+        raise ConfigError(f"--out {args.out}: its lines don't say which file a row is from; give one --data")
 
+    from sftjax.curate import preview as pages
+    from sftjax.curate.run import open_inputs
     from sftjax.data import preview
     from sftjax.data.encode import RowEncoder
-    from sftjax.data.sources import open_source
 
-    source = open_source({"path": args.data, "split": args.split})
+    inputs = open_inputs([{"path": path, "split": args.split} for path in args.data])
+    removed = pages.removals(args.removed) if args.removed else {}
     tokenizer = load_tokenizer(args.model, args.template, args.end_of_turn)
     encoder = RowEncoder(tokenizer, format=args.format, train_on=args.train_on)
-    as_lines = bool(args.out) and args.out.endswith(".jsonl")
-    shown = preview.rows(source, encoder, args.limit if args.limit is not None else None if as_lines else 20)
+    limit = args.limit if args.limit is not None else {".jsonl": None, ".html": 500}.get(kind, 20)
+    shown = (
+        pages.Seen(row, one.name, removed.get((one.name, row.index)))
+        for one in inputs
+        for row in preview.rows(one.source, encoder, limit)
+    )
     try:
-        if as_lines:
+        if kind == ".jsonl":
             with open(args.out, "wb") as file:
-                for row in shown:
-                    file.writelines(preview.json_lines(tokenizer, row))
-        elif args.out:
-            Path(args.out).write_text(preview.page(tokenizer, shown, f"Preview of {args.data}"), encoding="utf-8")
+                for one in shown:
+                    file.writelines(preview.json_lines(tokenizer, one.row))
+        elif kind == ".html":
+            title = "Preview of " + ", ".join(one.name for one in inputs)
+            total = sum(len(one.source) for one in inputs)
+            page = pages.page(tokenizer, shown, title, rows_in_all=total, max_length=args.max_length)
+            Path(args.out).write_text(page, encoding="utf-8")
         else:
             from rich.console import Console
 
-            for row in shown:
-                preview.show(Console(highlight=False), tokenizer, row)
+            for one in shown:
+                preview.show(Console(highlight=False), tokenizer, one.row)
     except OSError as error:
         raise StorageError(f"can't write {args.out}: {error.strerror}") from None
     return 0

@@ -26,15 +26,15 @@ _RULES = {
 
 def page(found: Mapping[str, Any]) -> str:
     """The page."""
-    return _templates().get_template("curate/curation.html.j2").render(**_shown(found))
+    return templates().get_template("curate/curation.html.j2").render(**_shown(found))
 
 
 def card(found: Mapping[str, Any]) -> str:
     """The README.md of the kept rows."""
-    return _templates().get_template("curate/dataset_card.md.j2").render(**_shown(found))
+    return templates().get_template("curate/dataset_card.md.j2").render(**_shown(found))
 
 
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sftjax", "."),
         autoescape=jinja2.select_autoescape(("html.j2",)),

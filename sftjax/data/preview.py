@@ -1,12 +1,12 @@
-"""Shows samples with their trained tokens marked: as JSONL, in the terminal, and as one HTML page for offline use."""
+"""Shows samples with their trained tokens marked: as JSONL and in the terminal. (As a page: `curate/preview.py`.)"""
 
 from __future__ import annotations
 
-import html
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import orjson
@@ -27,26 +27,27 @@ class Row:
     location: str
     samples: tuple[Sample, ...] = ()
     error: RowError | None = None
+    record: Mapping[str, Any] | None = None  # as it stands in the file; None: unreadable
 
 
 def rows(source, encoder: RowEncoder, limit: int | None = None) -> Iterator[Row]:
     """Encodes the first `limit` rows of a source, in order; errors are yielded in their place."""
     total = len(source) if limit is None else min(limit, len(source))
     for start in range(0, total, _CHUNK):
-        numbers, records, failed = range(start, min(start + _CHUNK, total)), [], {}
+        numbers, records, failed = range(start, min(start + _CHUNK, total)), {}, {}
         for index in numbers:
             try:
-                records.append((index, source[index]))
+                records[index] = source[index]
             except RowError as error:
                 failed[index] = error
-        encoded = encoder.encode_batch([record for _, record in records], [index for index, _ in records])
-        results = dict(zip((index for index, _ in records), encoded, strict=True)) | failed
+        encoded = encoder.encode_batch(list(records.values()), list(records))
+        results = dict(zip(records, encoded, strict=True)) | failed
         for index in numbers:
-            result = results[index]
+            result, place, record = results[index], source.location(index), records.get(index)
             if isinstance(result, RowError):
-                yield Row(index, source.location(index), error=result)
+                yield Row(index, place, error=result, record=record)
             else:
-                yield Row(index, source.location(index), tuple(result))
+                yield Row(index, place, tuple(result), record=record)
 
 
 def json_lines(tokenizer: Tokenizer, row: Row) -> Iterator[bytes]:
@@ -102,50 +103,3 @@ def _summary(row: Row, sample: Sample) -> str:
     trained = int(np.count_nonzero(sample.weights[1:]))
     flags = f"  [{', '.join(sample.flags)}]" if sample.flags else ""
     return f"{row.location}  sample {sample.sample}: {trained} of {len(sample.tokens)} tokens trained{flags}"
-
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:62rem;padding:0 1rem;color:#222;background:#fff}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f4;padding:.7rem 1rem;border-radius:6px;color:#777}
-mark{background:#cdeccd;color:#0a3d0a;border-radius:3px}mark.other{background:#fdeeb5;color:#4d3b00}
-h2{font-size:1rem;margin:1.6rem 0 .3rem}.flag{background:#e4e4f4;border-radius:3px;padding:0 .4rem;font-size:.85rem}
-.error{color:#a00}@media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}pre{background:#222;color:#999}
-mark{background:#1f4d1f;color:#cfc}mark.other{background:#544300;color:#fea}.flag{background:#335}.error{color:#f88}}
-"""
-
-
-def sample_html(tokenizer: Tokenizer, sample: Sample) -> str:
-    """One sample as a `<pre>` with trained text marked; other weights than 1 carry their number."""
-    parts = []
-    for text, weight in runs(tokenizer, sample):
-        escaped = html.escape(visible(text))
-        if not weight:
-            parts.append(escaped)
-        elif weight == 1:
-            parts.append(f"<mark>{escaped}</mark>")
-        else:
-            parts.append(f'<mark class="other" title="weight {weight:g}">{escaped}</mark>')
-    return f"<pre>{''.join(parts)}</pre>"
-
-
-def page(tokenizer: Tokenizer, shown: Iterable[Row], title: str) -> str:
-    """One self-contained HTML page."""
-    body, samples, tokens, trained, errors = [], 0, 0, 0, 0
-    for row in shown:
-        if row.error is not None:
-            errors += 1
-            body.append(f'<h2 class="error">{html.escape(row.location)}: {html.escape(str(row.error))}</h2>')
-        for sample in row.samples:
-            samples, tokens = samples + 1, tokens + len(sample.tokens)
-            trained += int(np.count_nonzero(sample.weights[1:]))
-            flags = "".join(f' <span class="flag">{html.escape(flag)}</span>' for flag in sample.flags)
-            summary = html.escape(_summary(row, sample).split("  [")[0])
-            body.append(f"<h2>{summary}{flags}</h2>{sample_html(tokenizer, sample)}")
-    share = f"{trained / tokens:.1%}" if tokens else "none"
-    return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>"
-        f"<p>{samples} samples, {tokens:,} tokens, {share} of them trained; {errors} rows not used. "
-        f"<mark>Trained</mark>, <mark class='other'>trained with another weight than 1</mark>, not trained.</p>"
-        f"{''.join(body)}</html>\n"
-    )

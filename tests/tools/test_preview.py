@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import browser
 from tests.data.tiny import byte_level, chat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,10 +48,81 @@ def test_html_is_one_page_that_opens_offline_and_escapes_the_data(files):
     done = preview("--model", files / "model", "--data", files / "data.jsonl", "--out", files / "out.html")
     assert done.returncode == 0, done.stderr
     page = (files / "out.html").read_text()
-    assert "<mark>&lt;b&gt;Paris&lt;/b&gt;␛[31m" in page and 'title="weight 0.5"' in page
+    assert "&lt;b&gt;Paris&lt;/b&gt;␛[31m" in page and 'title="weight 0.5"' in page
     assert "<b>Paris" not in page and "\x1b" not in page
-    assert "http" not in page and "<script" not in page and "src=" not in page
-    assert "control_text" in page and "broken_json" in page and "2 rows not used" in page
+    assert "http:" not in page and "https:" not in page and "src=" not in page
+    assert "control_text" in page and "broken_json" in page
+
+
+def article(page, text):
+    """The card that holds `text`: visible, and its rules."""
+    return page.evaluate(f"""(() => {{
+        const card = [...document.querySelectorAll("article")].find(one => one.textContent.includes({text!r}));
+        return card && {{visible: !card.hidden, rules: card.dataset.rules}};
+    }})()""")
+
+
+def filtered(page, **values):
+    """How many cards are visible with these values in the form; the form is cleared before."""
+    return page.evaluate(f"""(async () => {{
+        const form = document.querySelector(".filters");
+        form.reset();
+        for (const [name, value] of Object.entries({json.dumps(values)}))
+            document.getElementById(name.replace("_", "-")).value = value;
+        form.dispatchEvent(new Event("input"));
+        return [...document.querySelectorAll("article")].filter(one => one.checkVisibility()).length;
+    }})()""")
+
+
+@pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
+def test_the_page_in_a_browser(files, tmp_path, size):
+    """Search and filters show what they should, packed rows lead to their samples, and nothing sticks out."""
+    (tmp_path / "more.jsonl").write_text(
+        "\n".join(
+            json.dumps({"messages": chat("How many cats?", "word " * words + "end"), "_score": score})
+            for words, score in ((3, 0.25), (90, 0.9), (100, 1.0))
+        )
+    )
+    removed = {"index": 2, "source": "more.jsonl", "rule": "near_duplicate", "score": 1.0, "detail": "of row 1"}
+    (tmp_path / "removed.jsonl").write_text(json.dumps(removed))
+    done = preview(
+        "--model", files / "model", "--data", files / "data.jsonl", tmp_path / "more.jsonl", "--max_length", 128,
+        "--removed", tmp_path / "removed.jsonl", "--out", tmp_path / "out.html",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with browser.open_page(f"file://{tmp_path / 'out.html'}", tmp_path / "profile", size) as page:
+        assert page.evaluate("performance.getEntriesByType('resource').length") == 0
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        everything = filtered(page)
+        assert everything == 7 and page.evaluate("document.getElementById('count').textContent") == "7 of 7 shown"
+        assert filtered(page, query="PARIS") == 1 and article(page, "Rome") == {
+            "visible": True,
+            "rules": "control_text",
+        }
+        assert filtered(page, source="more.jsonl") == 3
+        assert filtered(page, rule="near_duplicate") == 1 and filtered(page, rule="broken_json") == 1
+        assert filtered(page, rule="-") == 3
+        assert filtered(page, score_from="0.5") == 2 and filtered(page, score_to="0.5") == 1
+        longest = page.evaluate(
+            "Math.max(...[...document.querySelectorAll('article')].map(one => +one.dataset.tokens))"
+        )
+        assert filtered(page, tokens_from=longest) == 1 and filtered(page, tokens_to=longest - 1) == 6
+        # every packed row is as wide as the others, whatever lies in it
+        rows = page.evaluate("""[...document.querySelectorAll(".row")].map(row => [
+            [...row.children].reduce((sum, one) => sum + +one.style.flexGrow, 0), row.clientWidth])""")
+        assert {row[0] for row in rows} == {128} and len({row[1] for row in rows}) == 1 and len(rows) > 1
+        # a segment shows its sample, hidden or not
+        filtered(page, query="no such text")
+        assert page.evaluate("""(async () => {
+            document.querySelector(".row a").click();
+            await new Promise(wake => setTimeout(wake, 200));
+            return document.querySelector(location.hash).checkVisibility();
+        })()""")
+        # trained text is coloured, fainter where its weight is smaller
+        alpha = page.evaluate("""[...document.querySelectorAll("article mark")].map(one =>
+            [one.title, +getComputedStyle(one).backgroundColor.match(/[\\d.]+/g)[3]])""")
+        shades = {title: shade for title, shade in alpha}
+        assert 0 < shades["weight 0.5"] < shades["weight 1"] < 1
 
 
 def test_terminal(files):
@@ -68,6 +140,9 @@ def test_terminal(files):
         (["--out", "/nowhere/x.jsonl"], 74, "can't write /nowhere/x.jsonl"),
         (["--template", "chatlm"], 78, "chat template 'chatlm'"),
         (["--split", "[9:]"], 65, "leaves none"),
+        (["--out", "x.html", "--max_length", "100"], 78, "use 128"),
+        (["--out", "x.html", "--removed", "nowhere.jsonl"], 74, "can't read nowhere.jsonl"),
+        (["--data", "a.jsonl", "b.jsonl", "--out", "x.jsonl"], 78, "give one --data"),
     ],
 )
 def test_errors_are_one_line_with_an_exit_code(files, arguments, code, said):
