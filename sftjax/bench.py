@@ -161,7 +161,7 @@ def compare_generation(*, peer_python: str, repeats: int, **settings: Any) -> di
     programs = {"sftjax": functools.partial(generation, **settings)}
     if peer_python:
         programs["transformers"] = functools.partial(peer_generation, python=peer_python, **settings)
-    return _in_turn(programs, repeats, settings, ("tokens_per_second", "seconds"))
+    return in_turn(programs, repeats, settings, ("tokens_per_second", "seconds"))
 
 
 def compare(*, peer_python: str, repeats: int, **settings: Any) -> dict[str, Any]:
@@ -169,10 +169,10 @@ def compare(*, peer_python: str, repeats: int, **settings: Any) -> dict[str, Any
     programs = {"sftjax": functools.partial(ours, **settings)}
     if peer_python:
         programs["trl"] = functools.partial(peer_trl, python=peer_python, **settings)
-    return _in_turn(programs, repeats, settings, ("tokens_per_second", "step_seconds", "peak_bytes"))
+    return in_turn(programs, repeats, settings, ("tokens_per_second", "step_seconds", "peak_bytes"))
 
 
-def _in_turn(
+def in_turn(
     programs: dict[str, Callable[[], dict[str, Any]]], repeats: int, settings: dict[str, Any], figures: tuple[str, ...]
 ) -> dict[str, Any]:
     """Each in turn, `repeats` times; medians of the figures, and of the ratio to the second, pair by pair."""

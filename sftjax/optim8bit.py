@@ -71,21 +71,34 @@ def scale_by_adam_8bit(
     def update(updates, state, params=None):
         del params
         count = state.count + 1
-        old = [tree.flatten(t) for t in state[1:]]
-        new: list[dict[str, Array]] = [{}, {}, {}, {}]
-        direction = {}
-        for path, gradient in tree.flatten(updates).items():
-            mu_codes, mu_scales, nu_codes, nu_scales = (t[path] for t in old)
+
+        def one(gradient, mu_codes, mu_scales, nu_codes, nu_scales, seed):
             mu = _load(mu_codes, mu_scales, signed=True)
             root = _load(nu_codes, nu_scales, signed=False)
             gradient = gradient.astype(jnp.float32)
             mu = b1 * mu + (1 - b1) * gradient
             nu = b2 * jnp.square(root) + (1 - b2) * jnp.square(gradient)
-            direction[path] = _direction(mu, nu, count, b1, b2, eps)
+            return (
+                _direction(mu, nu, count, b1, b2, eps),
+                *_store(mu, mu_codes, mu_scales, seed, signed=True),
+                *_store(jnp.sqrt(nu), nu_codes, nu_scales, seed + 1, signed=False),
+            )
+
+        old = [tree.flatten(t) for t in state[1:]]
+        new: list[dict[str, Array]] = [{} for _ in range(5)]
+        for path, gradient in tree.flatten(updates).items():
+            arguments = (gradient, *(t[path] for t in old))
             seed = count.astype(jnp.uint32) * 2 + np.uint32(zlib.crc32(path.encode()))
-            new[0][path], new[1][path] = _store(mu, mu_codes, mu_scales, seed, signed=True)
-            new[2][path], new[3][path] = _store(jnp.sqrt(nu), nu_codes, nu_scales, seed + 1, signed=False)
-        return _like(updates, direction), Adam8bitState(count, *(tree.unflatten(t) for t in new))
+            if _is_stacked(path) and arguments[1].dtype == jnp.uint8:
+                # A layer at a time: float32 moments of all at once would take what 8 bits save.
+                seeds = seed + jnp.arange(gradient.shape[0], dtype=jnp.uint32) * np.uint32(0x85EBCA6B)
+                results = jax.lax.map(lambda args: one(*args), (*arguments, seeds))
+            else:
+                results = one(*arguments, seed)
+            for flat, result in zip(new, results, strict=True):
+                flat[path] = result
+        direction, *moments = new
+        return _like(updates, direction), Adam8bitState(count, *(tree.unflatten(t) for t in moments))
 
     return optax.GradientTransformation(init, update)
 
@@ -142,8 +155,11 @@ def _direction(mu: Array, nu: Array, count: Array, b1: float, b2: float, eps: fl
 
 
 def _is_small(path: str, shape: tuple[int, ...]) -> bool:
-    stacked = 1 if path.startswith("layers_") or "/layers_" in path else 0
-    return math.prod(shape[stacked:]) < SMALL
+    return math.prod(shape[_is_stacked(path) :]) < SMALL
+
+
+def _is_stacked(path: str) -> bool:
+    return path.startswith("layers_") or "/layers_" in path
 
 
 def _load(codes: Array, scales: Array, *, signed: bool) -> Array:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sftjax import compat, tree
 from sftjax import step as steps
+from sftjax.errors import ConfigError
 from sftjax.kernels import nf4
 from sftjax.models.config import ModelConfig
 from sftjax.models.decoder import Runtime
@@ -111,6 +112,9 @@ def build(
       abstract_variables: collections of `ShapeDtypeStruct`s ("params", and "adapter" or "quant" where there are any).
       trainable_regex: over "<collection>/<path>".
       offload_optimizer: keep its state in the host's pinned memory between updates.
+
+    Raises:
+      ConfigError: a state that these devices can't offload.
     """
     shardings = partition.shardings(abstract_variables, mesh)
     abstract = jax.tree.map(_with_sharding, abstract_variables, shardings)
@@ -123,6 +127,12 @@ def build(
     opt_shardings = partition.state_shardings(opt_state, trainable, mesh)
     opt_state = jax.tree.map(_with_sharding, opt_state, opt_shardings)
     if offload_optimizer:
+        on_tpu = mesh.devices.flat[0].platform == "tpu"
+        if on_tpu and any(leaf.dtype.itemsize == 1 for leaf in jax.tree.leaves(opt_state)):
+            raise ConfigError(
+                "train.offload_optimizer: the compiler for TPUs can't move moments of one byte between memories "
+                "(libtpu 0.0.42): offload those of 32 bits, or leave it out"
+            )
         opt_state = jax.tree.map(_in_host_memory, opt_state)
     state = steps.TrainState(counter, trainable, opt_state, counter)
 

@@ -6,6 +6,8 @@ SFTTrainer in the same sitting, in turn, and the ratio is printed.
 With --generate, generation instead: greedy answers of --new_tokens tokens to --prompts first messages, after one round
 that compiles; the peer is transformers' generate with torch.
 
+With --prepare, how fast the conversations become packed rows; the peer is what SFTTrainer does before its first step.
+
 With --load, how fast --model is loaded, beside merely reading its files.
 """
 
@@ -16,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sftjax import bench, bench_loading
+from sftjax import bench, bench_loading, bench_preparing
 from sftjax.errors import exit_with_message
 
 
@@ -36,12 +38,17 @@ def main() -> int:
     parser.add_argument("--generate", action="store_true", help="measure generation")
     parser.add_argument("--prompts", type=int, default=64, help="with --generate")
     parser.add_argument("--new_tokens", type=int, default=64, help="with --generate")
+    parser.add_argument("--prepare", action="store_true", help="measure the preparation of the data")
+    parser.add_argument("--workers", type=int, default=2, help="with --prepare: processes")
     parser.add_argument("--load", action="store_true", help="measure loading")
     args = parser.parse_args()
     if args.load:
         return loading(args.model, args.out)
     shared = {name: getattr(args, name) for name in ("peer_python", "repeats", "model", "data", "dtype")}
-    if args.generate:
+    if args.prepare:
+        del shared["dtype"]
+        result = bench_preparing.compare(**shared, max_length=args.max_length, workers=args.workers)
+    elif args.generate:
         batch_size = args.batch_size or args.prompts
         result = bench.compare_generation(
             **shared, prompts=args.prompts, new_tokens=args.new_tokens, batch_size=batch_size
@@ -77,6 +84,8 @@ def loading(model: str, out: str | None) -> int:
 
 
 def _more(figures: dict[str, float]) -> str:
+    if "filled" in figures:
+        return f"{figures['seconds']:6.2f} s, rows {figures['filled']:.1%} filled"
     if "seconds" in figures:
         return f"{figures['seconds']:6.2f} s"
     return f"{figures['step_seconds']:6.2f} s a step  {figures['peak_bytes'] / 2**30:5.2f} GiB peak"

@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from sftjax.data.places import Encoded
 from sftjax.data.rendering import Renderer
 from sftjax.data.sandbox import TemplateError, TemplateLimit
-from sftjax.data.tokenizer import Encoded, Tokenizer
+from sftjax.data.tokenizer import Tokenizer
 from sftjax.data.types import RowError
 from sftjax.errors import DataError
 

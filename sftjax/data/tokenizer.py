@@ -14,7 +14,6 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import Unigram
 
-from sftjax.data import plain, templates, tokenizer_files
+from sftjax.data import places, plain, templates, tokenizer_files
 from sftjax.data.control import ControlText
 from sftjax.data.rendering import Renderer
 from sftjax.data.sandbox import TemplateError
@@ -36,18 +35,6 @@ _HTML = (
 )
 _HTML_TAG = re.compile(rf"</?(?:{'|'.join(_HTML.split())})>")  # Gemma lists these and blanks as added tokens: text
 _ANSWER_TAG = re.compile(r"</?[a-z_]+>")  # <think>, <tool_call>: added, not special; what a model writes in answers
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Ids of a text, and where each came from.
-
-    ids, starts, ends: int32 [n]; token i covers characters [starts[i], ends[i]).
-    """
-
-    ids: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
 
 
 class Tokenizer:
@@ -95,7 +82,7 @@ class Tokenizer:
 
     def __getstate__(self):
         state = dict(self.__dict__)
-        for name in ("plain_backends", "control_text", "control_tokens"):  # made again on demand
+        for name in ("plain_backends", "control_text", "control_tokens", "byte_counter"):  # made again on demand
             state.pop(name, None)
         return state
 
@@ -109,7 +96,7 @@ class Tokenizer:
         """Ids of `text` as plain text, even where it spells a control token."""
         return list(self.encode_ids([text], [self.hide_control_tokens(text)])[0])
 
-    def encode_mixed(self, texts: Sequence[str], hidden: Sequence[str]) -> list[Encoded]:
+    def encode_mixed(self, texts: Sequence[str], hidden: Sequence[str]) -> list[places.Encoded]:
         """Encodes texts with their places.
 
         Args:
@@ -118,12 +105,19 @@ class Tokenizer:
             characters by `hide_control_tokens`; equal to the text where there is none.
         """
         if len(hidden) == 1:  # without waking threads
-            encodings = [self.backend.encode(hidden[0], add_special_tokens=False)]
+            found = [places.of_encoding(self.backend.encode(hidden[0], add_special_tokens=False))]
+        elif self.byte_counter is None:
+            found = map(places.of_encoding, self.backend.encode_batch(list(hidden), add_special_tokens=False))
         else:
-            encodings = self.backend.encode_batch(list(hidden), add_special_tokens=False)
+            encodings = self.backend.encode_batch_fast(list(hidden), add_special_tokens=False)
+            counted = map(self.byte_counter.places, (encoding.ids for encoding in encodings), hidden)
+            found = [
+                one or places.of_encoding(self.backend.encode(cover, add_special_tokens=False))
+                for one, cover in zip(counted, hidden, strict=True)
+            ]
         return [
-            _places(encoding) if text == cover else self._patch(text, cover, _places(encoding))
-            for text, cover, encoding in zip(texts, hidden, encodings, strict=True)
+            one if text == cover else self._patch(text, cover, one)
+            for text, cover, one in zip(texts, hidden, found, strict=True)
         ]
 
     def encode_ids(self, texts: Sequence[str], hidden: Sequence[str]) -> list[Sequence[int]]:
@@ -137,7 +131,7 @@ class Tokenizer:
     def decode(self, ids, *, skip_special: bool = False) -> str:
         return self.backend.decode([int(number) for number in ids], skip_special_tokens=skip_special)
 
-    def _patch(self, text: str, cover: str, encoded: Encoded) -> Encoded:
+    def _patch(self, text: str, cover: str, encoded: places.Encoded) -> places.Encoded:
         """Encodes anew, through the copy without control tokens, the stretches in which the data spells one."""
         cuts = np.flatnonzero(self.is_control[encoded.ids])
         bounds = [(0, 0, 0, 0)]  # (token from, token to, char from, char to) of each control token
@@ -148,13 +142,13 @@ class Tokenizer:
             if cover[begin:end] != text[begin:end]:
                 at_start, inside = self.plain_backends
                 part = (at_start if begin == 0 else inside).encode(text[begin:end], add_special_tokens=False)
-                part = _places(part)
+                part = places.of_encoding(part)
                 parts.append((part.ids, part.starts + begin, part.ends + begin))
             else:
                 parts.append((encoded.ids[first:last], encoded.starts[first:last], encoded.ends[first:last]))
             parts.append((encoded.ids[last:until], encoded.starts[last:until], encoded.ends[last:until]))
         ids, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return Encoded(ids, starts, ends)
+        return places.Encoded(ids, starts, ends)
 
     # --- control tokens ------------------------------------------------------------------------------------------
 
@@ -200,6 +194,10 @@ class Tokenizer:
     def unhide_control_tokens(self, cover: str) -> str:
         """The inverse of `hide_control_tokens`, on a rendering too."""
         return self.control_text.unhide(cover)
+
+    @cached_property
+    def byte_counter(self) -> places.ByteCounter | None:
+        return places.ByteCounter.of(self.backend)
 
     @cached_property
     def plain_backends(self) -> tuple[Backend, Backend]:
@@ -344,12 +342,6 @@ def _with_end_of_turn(tokenizer: Tokenizer, end_of_turn: str, stop_ids: Sequence
             f"model.end_of_turn={end_of_turn!r} could not be put into the template {own.name!r}: edit the template"
         )
     return result
-
-
-def _places(encoding) -> Encoded:
-    ids = np.array(encoding.ids, np.int32)
-    starts, ends = np.array(encoding.offsets, np.int32).reshape(-1, 2).T.copy()  # contiguous, for searching
-    return Encoded(ids, starts, ends)
 
 
 def _no_post_processor():

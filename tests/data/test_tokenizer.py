@@ -205,3 +205,37 @@ def test_conversations_without_a_template_or_a_stop_token_are_refused(tmp_path):
     plain = CHATML.replace("<|im_end|>", "").replace("<|im_start|>", "")
     with pytest.raises(ConfigError, match=r"ends an answer with no control token"):
         tokenizers.load(byte_level(tmp_path / "b", template=plain)).require_template()
+
+
+@pytest.mark.parametrize("kind", ["", "prefix", "nfc", "greedy blanks"])
+def test_places_counted_from_bytes_are_the_tokenizers(tmp_path, kind):
+    """Byte-level tokenizers: whole characters, parts of them, control tokens; where counting fails, they are asked."""
+    folder = byte_level(tmp_path / "t")
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    if kind == "prefix":
+        saved["pre_tokenizer"] = {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        }
+    if kind == "nfc":
+        saved["normalizer"] = {"type": "NFC"}
+    if kind == "greedy blanks":
+        saved["added_tokens"][-1]["lstrip"] = saved["added_tokens"][-1]["rstrip"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = tokenizers.load(folder)
+    control = saved["added_tokens"][-1]["content"]
+    texts = [*lines(), "e\u0301 naïve", f"a {control}  b{control}c", "👨‍👩‍👧 " * 3, "\u202e\ufeff𝒳"]
+    found = tokenizer.encode_mixed(texts, texts)
+    counted = 0
+    for text, one in zip(texts, found, strict=True):
+        wanted = tokenizer.backend.encode(text, add_special_tokens=False)
+        assert one.ids.tolist() == wanted.ids
+        assert list(zip(one.starts.tolist(), one.ends.tolist(), strict=True)) == wanted.offsets
+        counted += tokenizer.byte_counter.places(wanted.ids, text) is not None
+    assert (counted > 0.9 * len(texts)) == (kind != "prefix")
+
+
+def test_places_of_tokenizers_that_are_not_byte_level_are_asked_for(tmp_path):
+    assert tokenizers.load(sentencepiece(tmp_path, "bpe")).byte_counter is None
