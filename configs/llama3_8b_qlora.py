@@ -1,6 +1,8 @@
 """Llama-3-8B with LoRA beside a base of four bits (QLoRA): one GPU of 16 GB.
 
     python -m sftjax.main --config=configs/llama3_8b_qlora.py --config.model.path=DIR --config.data.train=chats.jsonl
+
+A T4 wants --config.model.compute_dtype=float16 as well.
 """
 
 from sftjax.config import defaults

@@ -19,7 +19,7 @@ ConfigDict = ml_collections.ConfigDict
 
 CHOICES = {
     "model.params_dtype": ("float32", "bfloat16"),
-    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.compute_dtype": ("float32", "bfloat16", "float16"),
     "model.remat": ("none", "full", "dots", "attention"),
     "data.packing": ("first_fit", "best_fit", "none", "padding_free"),
     "data.over_length": ("drop", "truncate", "split", "error"),
@@ -49,7 +49,7 @@ def defaults() -> ConfigDict:
     # Of the trained weights, which are the optimizer's masters; bfloat16 ones are rounded stochastically.
     config.model.params_dtype = "float32"
     config.model.frozen_dtype = "bfloat16"  # of weights that aren't trained (PEFT)
-    config.model.compute_dtype = "bfloat16"
+    config.model.compute_dtype = "bfloat16"  # float16, with a loss scale that adapts: for GPUs without bfloat16 (T4)
     config.model.remat = "full"
     config.model.attention = ""  # a kernel's name; empty: the first that can do the job
     config.model.scan_unroll = 1

@@ -31,6 +31,12 @@ class Chip:
     link_rate: float
 
 
+def lacks_bfloat16(device: object) -> bool:
+    """Whether it is an NVIDIA GPU older than Ampere (T4, V100), on which bfloat16 is emulated, slowly."""
+    capability = getattr(device, "compute_capability", None)
+    return capability is not None and float(capability) < 8
+
+
 def _tpu(name: str, tflops: float, gib: float, gb_per_s: float, link_gb_per_s: float) -> Chip:
     return Chip(name, "tpu", tflops * 1e12, int(gib * GIB), gb_per_s * 1e9, link_gb_per_s * 1e9)
 

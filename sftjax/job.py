@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sftjax import compat, costs, job_data, loading, optim, program, runs, samples, stopping, tree
+from sftjax import compat, costs, hardware, job_data, loading, optim, program, runs, samples, stopping, tree
 from sftjax import config as config_lib
 from sftjax.data import preflight as preflights
 from sftjax.data import preview, rendering
@@ -70,6 +70,8 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     kinds = {memory.kind for device in mesh.local_devices for memory in device.addressable_memories()}
     if config.train.offload_optimizer and compat.HOST_MEMORY not in kinds:
         raise ConfigError(f"train.offload_optimizer: these devices reach no {compat.HOST_MEMORY} memory: leave it out")
+    if config.model.compute_dtype == "bfloat16" and any(map(hardware.lacks_bfloat16, mesh.local_devices)):
+        print("warning: this GPU has no bfloat16 arithmetic: model.compute_dtype='float16' is faster here")
     batching = job_data.batching_options(config, mesh)
 
     fingerprints = {

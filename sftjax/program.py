@@ -48,7 +48,12 @@ class Program:
         trainable = jax.device_put(trainable, state_shardings.trainable)
         opt_state = jax.jit(self.optimizer.init, out_shardings=state_shardings.opt_state)(trainable)
         step, nonfinite = (jax.device_put(np.int32(0), state_shardings.step) for _ in range(2))
-        return steps.TrainState(step, trainable, opt_state, nonfinite), jax.device_put(frozen, frozen_shardings)
+        loss_scale = {}
+        if self.abstract_state.loss_scale:
+            first = {"scale": np.float32(steps.FIRST_LOSS_SCALE), "sound": np.int32(0)}
+            loss_scale = jax.device_put(first, state_shardings.loss_scale)
+        state = steps.TrainState(step, trainable, opt_state, nonfinite, loss_scale)
+        return state, jax.device_put(frozen, frozen_shardings)
 
     @property
     def batch_arrays(self) -> tuple[str, ...]:
@@ -134,7 +139,10 @@ def build(
                 "(libtpu 0.0.42): offload those of 32 bits, or leave it out"
             )
         opt_state = jax.tree.map(_in_host_memory, opt_state)
-    state = steps.TrainState(counter, trainable, opt_state, counter)
+    loss_scale = {}
+    if runtime.compute_dtype == "float16":
+        loss_scale = {"scale": jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated), "sound": counter}
+    state = steps.TrainState(counter, trainable, opt_state, counter, loss_scale)
 
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     static = {"config": config, "runtime": runtime}

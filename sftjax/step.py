@@ -22,6 +22,8 @@ from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
 
 Batch = dict[str, jax.Array]
+FIRST_LOSS_SCALE, LARGEST_LOSS_SCALE = 2.0**15, 2.0**24
+LOSS_SCALE_STEPS = 2000  # without overflow, before it is doubled
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -31,12 +33,26 @@ class TrainState(flax.struct.PyTreeNode):
     trainable: dict[str, Any]
     opt_state: Any
     nonfinite: jax.Array  # i32, steps skipped in a row
+    # float16 only: "scale" f32, by which the loss is multiplied so that small gradients don't vanish on their way back
+    # (arXiv:1710.03740), and "sound" i32, steps since it last changed
+    loss_scale: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 def loss_and_gradients(
-    trainable, frozen, batch: Batch, rng, *, config: ModelConfig, runtime: decoder.Runtime, num_sources: int = 1
+    trainable,
+    frozen,
+    batch: Batch,
+    rng,
+    *,
+    config: ModelConfig,
+    runtime: decoder.Runtime,
+    num_sources: int = 1,
+    loss_scale: jax.Array | None = None,
 ) -> tuple[dict[str, jax.Array], Any]:
     """Sums over the micro-batches, and the gradient of the step's loss.
+
+    Args:
+      loss_scale: the loss is multiplied by it before it is differentiated, and the gradient divided by it after.
 
     Returns:
       (sums, gradients): `sums` has scalars "nll" (weighted), "weight", "trained" and "correct" (tokens with weight
@@ -78,7 +94,8 @@ def loss_and_gradients(
                 )
                 for name, value in each.items()
             }
-        return nll * scale + moe_loss, sums
+        loss = nll * scale + moe_loss
+        return loss if loss_scale is None else loss * loss_scale, sums
 
     gradient = jax.grad(micro_loss, has_aux=True)
     if micro_batches == 1:
@@ -93,6 +110,8 @@ def loss_and_gradients(
         shapes = jax.eval_shape(gradient, trainable, jax.tree.map(lambda x: x[0], batch), rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (gradients, sums), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(micro_batches), batch))
+    if loss_scale is not None:
+        gradients = jax.tree.map(lambda gradient: gradient / loss_scale.astype(gradient.dtype), gradients)
     return {**sums, "weight": weight}, gradients
 
 
@@ -117,7 +136,8 @@ def train_step(
       opt_shardings: where the optimizer's state is worked on, if that isn't where it lies.
 
     Returns:
-      (state, metrics): the sums of `loss_and_gradients`, and the scalars "grad_norm" and "finite".
+      (state, metrics): the sums of `loss_and_gradients`, and the scalars "grad_norm" and "finite"; with a loss scale
+      also "loss_scale", and "overflow": the gradient alone isn't finite, and a smaller scale may help.
     """
     dropout_rng, rounding_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     sums, gradients = loss_and_gradients(
@@ -128,6 +148,7 @@ def train_step(
         config=config,
         runtime=runtime,
         num_sources=num_sources,
+        loss_scale=state.loss_scale.get("scale"),
     )
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(sums["nll"]) & jnp.isfinite(grad_norm)
@@ -140,13 +161,30 @@ def train_step(
     def choose(new, old):
         return jnp.where(apply, new, old)
 
+    metrics = {**sums, "grad_norm": grad_norm, "finite": finite}
+    overflow = jnp.zeros((), jnp.bool_)
+    if state.loss_scale:
+        overflow = ~finite & jnp.isfinite(sums["nll"]) & (state.loss_scale["scale"] > 1)
+        metrics |= {"loss_scale": state.loss_scale["scale"], "overflow": overflow}
     new_state = TrainState(
         step=state.step + 1,
         trainable=jax.tree.map(choose, trainable, state.trainable),
         opt_state=jax.tree.map(choose, opt_state, before),
-        nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
+        nonfinite=jnp.where(finite, 0, state.nonfinite + jnp.where(overflow, 0, 1)),
+        loss_scale=next_loss_scale(state.loss_scale, overflow, finite),
     )
-    return new_state, {**sums, "grad_norm": grad_norm, "finite": finite}
+    return new_state, metrics
+
+
+def next_loss_scale(old: dict[str, jax.Array], overflow: jax.Array, finite: jax.Array) -> dict[str, jax.Array]:
+    """Half of it after an overflow, twice after `LOSS_SCALE_STEPS` steps without one."""
+    if not old:
+        return {}
+    sound = jnp.where(finite, old["sound"] + 1, 0)
+    grown = sound >= LOSS_SCALE_STEPS
+    scale = jnp.where(grown, jnp.minimum(2 * old["scale"], LARGEST_LOSS_SCALE), old["scale"])
+    scale = jnp.where(overflow, jnp.maximum(old["scale"] / 2, 1.0), scale)
+    return {"scale": scale, "sound": jnp.where(grown, 0, sound)}
 
 
 def eval_step(

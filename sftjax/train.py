@@ -266,6 +266,8 @@ def record(job: Job, progress: Progress, pending, log) -> None:
         for name in ("nll", "weight", "trained", "correct"):
             window[name] = window.get(name, 0.0) + figures[name]
         window["skipped_in_a_row"] = 0
+    elif figures.get("overflow"):
+        log.say(f"step {step}: a gradient overflowed float16; the step is skipped, and the loss scale halved")
     else:
         window["skipped"] = window.get("skipped", 0) + 1
         window["skipped_in_a_row"] = window.get("skipped_in_a_row", 0) + 1
@@ -290,10 +292,11 @@ def record(job: Job, progress: Progress, pending, log) -> None:
                 "loss_weight": window.get("weight", 0.0),
                 "mean_token_accuracy": window["correct"] / window["trained"] if window.get("trained") else math.nan,
                 "skipped_steps": int(window.get("skipped", 0)),
+                **{name: figures[name] for name in ("loss_scale",) if name in figures},
                 **source_figures(progress),
             },
         )
-        progress.window = {"skipped_in_a_row": window["skipped_in_a_row"]}
+        progress.window = {"skipped_in_a_row": window.get("skipped_in_a_row", 0)}
     log.progress(step)
 
 

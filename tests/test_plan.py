@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -347,3 +348,9 @@ def test_the_tool_says_what_is_missing(folder):
     done = run_tool("meta-llama/Llama-2-7b-hf", "--topology=a6000", "--config.train.gradient_accumulation_steps=512")
     assert done.returncode == 78
     assert "DOES NOT FIT" in done.stdout and "GiB short" in done.stdout
+
+
+@pytest.mark.parametrize(("capability", "lacks"), [("7.5", True), ("8.0", False), ("9.0", False), (None, False)])
+def test_gpus_without_bfloat16(capability, lacks):
+    fields = {} if capability is None else {"compute_capability": capability}
+    assert hardware.lacks_bfloat16(types.SimpleNamespace(**fields)) is lacks

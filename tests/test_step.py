@@ -176,6 +176,7 @@ def build(
     remat="full",
     kind=None,
     ratio=1.0,
+    compute="float32",
     **options,
 ):
     """A program on some devices, its state and frozen leaves. `kind` of quantised base, `ratio` of LoRA+; `options` of
@@ -196,7 +197,9 @@ def build(
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     built = program.build(
         CONFIG,
-        RUNTIME.replace(mesh=mesh, remat=remat, bottleneck_activation=spec.bottleneck_activation),
+        RUNTIME.replace(
+            mesh=mesh, remat=remat, compute_dtype=compute, bottleneck_activation=spec.bottleneck_activation
+        ),
         mesh,
         abstract,
         optimizer,
@@ -292,6 +295,63 @@ def test_a_step_that_is_not_finite_is_not_applied():
     jax.tree.map(np.testing.assert_array_equal, before, (state.trainable, state.opt_state))
     _, after = losses(built, state, frozen, 1)
     assert int(after.nonfinite) == 0 and int(after.step) == 2
+
+
+@pytest.mark.parametrize("spec", [AdapterSpec(method="full"), AdapterSpec(method="lora", rank=4, alpha=8)])
+def test_float16_follows_float32(spec):
+    plain, _ = losses(*build({}, spec), 6)
+    scaled, state = losses(*build({}, spec, compute="float16"), 6)
+    np.testing.assert_allclose(scaled, plain, rtol=2e-3)
+    assert float(state.loss_scale["scale"]) == step.FIRST_LOSS_SCALE and int(state.loss_scale["sound"]) == 6
+
+
+def test_small_gradients_survive_float16_by_the_scale():
+    """Where the loss is small (a long batch's mean, seen by one token), float16 rounds its gradient to nothing."""
+    batch = batch_of([[sample] for sample in samples()], 1)
+    trainable, frozen = tree.partition(params(), "params/.*")
+
+    def of(dtype, scale):
+        runtime = RUNTIME.replace(compute_dtype=dtype)
+        function = jax.jit(functools.partial(step.loss_and_gradients, config=CONFIG, runtime=runtime))
+        return tree.flatten(function(trainable, frozen, batch, None, loss_scale=jnp.float32(scale))[1])
+
+    exact = of("float32", 1.0)
+    # a loss 2**14 times smaller, and the same with the scale that makes up for it
+    lost, kept = of("float16", 2.0**-14), of("float16", 2.0**-14 * step.FIRST_LOSS_SCALE)
+    for path in (name for name in exact if "mlp" in name):
+        size = np.linalg.norm(exact[path])
+        assert np.linalg.norm(kept[path] - exact[path]) < 0.02 * size
+        assert np.linalg.norm(lost[path] - exact[path]) > 0.2 * size
+
+
+def test_an_overflow_halves_the_loss_scale_and_nothing_else():
+    built, state, frozen = build({}, compute="float16")
+    state = state.replace(loss_scale={**state.loss_scale, "scale": jnp.float32(2.0**40)})
+    before = jax.tree.map(np.asarray, (state.trainable, state.opt_state))
+    batch = batch_of([[sample] for sample in samples(4)], 1)
+    state, figures = built.train_step(state, frozen, built.put(batch, range(4), 4))
+    assert figures["overflow"] and not figures["finite"] and float(figures["loss_scale"]) == 2.0**40
+    assert float(state.loss_scale["scale"]) == 2.0**39 and int(state.nonfinite) == 0 and int(state.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, before, (state.trainable, state.opt_state))
+    for _ in range(40):
+        state, figures = built.train_step(state, frozen, built.put(batch, range(4), 4))
+    assert figures["finite"] and not figures["overflow"] and int(state.loss_scale["sound"]) > 10
+
+
+def test_a_loss_that_is_not_finite_is_no_fault_of_the_loss_scale():
+    built, state, frozen = build({}, compute="float16")
+    batch = batch_of([[sample] for sample in samples(4)], 1)
+    batch["weights"][0, 0, 5] = np.inf
+    state, figures = built.train_step(state, frozen, built.put(batch, range(4), 4))
+    assert not figures["overflow"] and int(state.nonfinite) == 1
+    assert float(state.loss_scale["scale"]) == step.FIRST_LOSS_SCALE
+
+
+def test_the_loss_scale_doubles_after_many_sound_steps():
+    built, state, frozen = build({}, compute="float16")
+    state = state.replace(loss_scale={**state.loss_scale, "sound": jnp.int32(step.LOSS_SCALE_STEPS - 1)})
+    _, state = losses(built, state, frozen, 2)
+    assert float(state.loss_scale["scale"]) == 2 * step.FIRST_LOSS_SCALE and int(state.loss_scale["sound"]) == 1
 
 
 def test_learning_rate_zero_changes_no_parameter():

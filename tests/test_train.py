@@ -103,6 +103,18 @@ def test_a_state_that_waited_on_the_host_is_saved_and_resumed(place, unbroken):
     assert_same_run(unbroken, place / "offloaded")
 
 
+def test_in_float16_the_loss_falls_and_a_killed_run_goes_on_with_its_loss_scale(place):
+    line = command(place, "half", **STEADY, model__compute_dtype="float16", checkpoint__save_steps=5)
+    process = subprocess.Popen(line, cwd=tiny_run.ROOT, env=tiny_run.environment(), stderr=subprocess.PIPE, text=True)
+    wait_for_step(place / "half", 10, process)
+    process.kill()
+    process.communicate()
+    assert "continuing from step" in tiny_run.run(line).stdout
+    steps = [one for one in tiny_run.lines(place / "half" / "metrics.jsonl") if "loss" in one]
+    assert [one["step"] for one in steps] == list(range(1, 21)) and steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert {one["loss_scale"] for one in steps} == {2.0**15}
+
+
 @pytest.mark.parametrize(
     ("packing", "reduction"),
     [("best_fit", "token"), ("none", "token"), ("padding_free", "token"), ("best_fit", "example")],
