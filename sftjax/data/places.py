@@ -41,10 +41,15 @@ class ByteCounter:
 
     @classmethod
     def of(cls, backend: Backend) -> ByteCounter | None:
-        """None for tokenizers that aren't byte-level, or change the text first."""
+        """None for tokenizers that aren't byte-level, or change the text first.
+
+        What is left can only take bytes away (an added token that takes blanks along), so that a sum that comes out
+        right is right everywhere.
+        """
         saved = json.loads(backend.to_str())
         normalizer, decoder = saved.get("normalizer") or {}, saved.get("decoder") or {}
-        if decoder.get("type") != "ByteLevel" or normalizer.get("type", "NFC") != "NFC":
+        puts_blank_in_front = '"add_prefix_space": true' in json.dumps(saved.get("pre_tokenizer"))
+        if decoder.get("type") != "ByteLevel" or normalizer.get("type", "NFC") != "NFC" or puts_blank_in_front:
             return None
         lengths = np.zeros(backend.get_vocab_size(), np.int32)
         for token, number in backend.get_vocab(with_added_tokens=False).items():

@@ -233,8 +233,8 @@ def test_places_counted_from_bytes_are_the_tokenizers(tmp_path, kind):
         wanted = tokenizer.backend.encode(text, add_special_tokens=False)
         assert one.ids.tolist() == wanted.ids
         assert list(zip(one.starts.tolist(), one.ends.tolist(), strict=True)) == wanted.offsets
-        counted += tokenizer.byte_counter.places(wanted.ids, text) is not None
-    assert (counted > 0.9 * len(texts)) == (kind != "prefix")
+        counted += kind != "prefix" and tokenizer.byte_counter.places(wanted.ids, text) is not None
+    assert counted > 0.9 * len(texts) or (kind == "prefix" and tokenizer.byte_counter is None)
 
 
 def test_places_of_tokenizers_that_are_not_byte_level_are_asked_for(tmp_path):
