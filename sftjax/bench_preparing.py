@@ -34,7 +34,7 @@ def preparation(*, model: str, data: str, max_length: int, workers: int) -> dict
 def peer(*, python: str, model: str, data: str, max_length: int, workers: int) -> dict[str, Any]:
     """The same by TRL's SFTTrainer, in the Python that has it: what it does with a dataset before the first step."""
     line = [python, str(bench.ROOT / "tests" / "parity" / "peer_prepare.py"), "--model", model, "--data", data]
-    output, _ = bench.run([*line, "--max_length", str(max_length), "--workers", str(max(1, workers or 2))])
+    output, _ = bench.run([*line, "--max_length", str(max_length), "--workers", str(workers or 2)])
     return _figures(**json.loads(output.strip().splitlines()[-1]))
 
 

@@ -8,6 +8,7 @@ RTX A6000, RTX 4090 and T4 (float16).
 from __future__ import annotations
 
 import dataclasses
+import re
 
 GIB = 2**30
 
@@ -33,8 +34,8 @@ class Chip:
 
 def lacks_bfloat16(device: object) -> bool:
     """Whether it is an NVIDIA GPU older than Ampere (T4, V100), on which bfloat16 is emulated, slowly."""
-    capability = getattr(device, "compute_capability", None)
-    return capability is not None and float(capability) < 8
+    capability = str(getattr(device, "compute_capability", ""))  # AMD's are names, such as gfx90a
+    return re.fullmatch(r"[1-7]\.\d", capability) is not None
 
 
 def _tpu(name: str, tflops: float, gib: float, gb_per_s: float, link_gb_per_s: float) -> Chip:

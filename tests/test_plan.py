@@ -350,7 +350,10 @@ def test_the_tool_says_what_is_missing(folder):
     assert "DOES NOT FIT" in done.stdout and "GiB short" in done.stdout
 
 
-@pytest.mark.parametrize(("capability", "lacks"), [("7.5", True), ("8.0", False), ("9.0", False), (None, False)])
+@pytest.mark.parametrize(
+    ("capability", "lacks"),
+    [("7.5", True), ("8.0", False), ("9.0", False), ("10.0", False), ("gfx90a", False), (None, False)],
+)
 def test_gpus_without_bfloat16(capability, lacks):
     fields = {} if capability is None else {"compute_capability": capability}
     assert hardware.lacks_bfloat16(types.SimpleNamespace(**fields)) is lacks

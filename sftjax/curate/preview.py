@@ -6,9 +6,9 @@ One file that opens offline. Everything that comes from the data is escaped; it 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,9 @@ def page(tokenizer: Tokenizer, seen: Iterable[Seen], title: str, *, rows_in_all:
       max_length: draw the rows of so many tokens that these samples are packed into, in this order; 0: don't.
     """
     seen = list(seen)
-    samples = [(one, sample) for one in seen for sample in one.row.samples]
-    numbers = {id(sample): number for number, (_, sample) in enumerate(samples, 1)}
-    heaviest = max((float(sample.weights.max()) for _, sample in samples), default=1.0)
+    samples = [sample for one in seen for sample in one.row.samples]
+    numbers = itertools.count(1)
+    heaviest = max((float(sample.weights.max()) for sample in samples), default=1.0)
     cards = []
     for one in seen:
         if one.row.error is not None:
@@ -68,7 +68,7 @@ def page(tokenizer: Tokenizer, seen: Iterable[Seen], title: str, *, rows_in_all:
             cards.append(
                 {
                     **_about(one),
-                    "number": numbers[id(sample)],
+                    "number": next(numbers),
                     "sample": sample.sample if len(one.row.samples) > 1 else None,
                     "tokens": len(sample.tokens),
                     "trained": trained_tokens(sample),
@@ -92,7 +92,7 @@ def page(tokenizer: Tokenizer, seen: Iterable[Seen], title: str, *, rows_in_all:
             sources=sorted({one.source for one in seen}),
             rules=Counter(rule for card in cards for rule in card["rules"]).most_common(),
             histograms=_histograms(lengths, trained, scores),
-            packed=packed([sample for _, sample in samples], max_length) if max_length else None,
+            packed=packed(samples, max_length) if max_length else None,
         )
     )
 
@@ -108,7 +108,7 @@ def pieces(tokenizer: Tokenizer, sample: Sample, heaviest: float) -> list[dict[s
             "strength": float(sample.weights[start]) / heaviest if heaviest else 0.0,
             "control": bool(control[start]),
         }
-        for start, end in pairwise([0, *cuts.tolist(), len(sample.tokens)])
+        for start, end in itertools.pairwise([0, *cuts.tolist(), len(sample.tokens)])
     ]
 
 
@@ -120,26 +120,18 @@ def packed(samples: Sequence[Sample], max_length: int) -> dict[str, Any]:
     Raises:
       ConfigError: a length that rows can't have.
     """
-    import grain  # which brings jax along: only where something is packed
-
-    from sftjax.data import packing
+    from sftjax.data import packing  # which brings Grain and jax along: only where something is packed
 
     # as many segments as a configuration has by default
     shape = packing.row_shape("best_fit", length=max_length, batch_size=1, max_segments=64)
-    elements = []
-    for number, sample in enumerate(samples, 1):
-        elements += [
-            {"data": np.zeros(len(piece.tokens), np.uint8), "example": (number, len(piece.tokens))}
-            for piece in packing.fit_to_length(sample, max_length, "truncate").pieces
-        ]
-    rows = []
-    if elements:
-        stream = grain.MapDataset.source(elements).to_iter_dataset(grain.ReadOptions(num_threads=0))
-        bins = packing.default_bins(max_length)
-        rows = [
-            [{"number": int(number), "tokens": int(tokens)} for number, tokens in row["example"]]
-            for row in packing.pack(stream, "best_fit", shape, bins=bins)
-        ]
+    segments = [
+        {"number": number, "tokens": len(piece.tokens)}
+        for number, sample in enumerate(samples, 1)
+        for piece in packing.fit_to_length(sample, max_length, "truncate").pieces
+    ]
+    lengths = [one["tokens"] for one in segments]
+    laid_out = packing.lay_out(lengths, "best_fit", shape, bins=packing.default_bins(max_length))
+    rows = [[segments[place] for place in row] for row in laid_out]
     used = sum(segment["tokens"] for row in rows for segment in row)
     return {
         "rows": [

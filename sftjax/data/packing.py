@@ -268,12 +268,18 @@ def assemble(rows: Sequence[dict[str, Any]], count: int, lengths: Sequence[int],
 
 
 def simulate(lengths: Sequence[int], strategy: str, shape: Shape, *, bins: int) -> np.ndarray:
-    """Real tokens of each packed row if samples of these lengths came in this order: the packer without the data."""
-    elements = [{"data": np.zeros(n, np.uint8), "example": n} for n in lengths]
+    """Real tokens of each packed row if samples of these lengths came in this order."""
+    rows = lay_out(lengths, strategy, shape, bins=bins)
+    return np.array([sum(lengths[number] for number in row) for row in rows], np.int64)
+
+
+def lay_out(lengths: Sequence[int], strategy: str, shape: Shape, *, bins: int) -> list[list[int]]:
+    """Which of the samples of these lengths each packed row would hold: the packer without the data."""
+    elements = [{"data": np.zeros(n, np.uint8), "example": number} for number, n in enumerate(lengths)]
     if not elements:
-        return np.zeros(0, np.int64)
+        return []
     stream = grain.MapDataset.source(elements).to_iter_dataset(grain.ReadOptions(num_threads=0))
-    return np.array([sum(row["example"]) for row in pack(stream, strategy, shape, bins=bins)], np.int64)
+    return [[int(number) for number in row["example"]] for row in pack(stream, strategy, shape, bins=bins)]
 
 
 def slots(row_tokens: np.ndarray, shape: Shape, accumulation: int) -> np.ndarray:
