@@ -67,9 +67,7 @@ def conversations(path: Path, count: int = 60, seed: int = 0) -> Path:
 
 def environment(devices: int = 1) -> dict[str, str]:
     # As in conftest.py: on a loaded machine the simulated devices wait for each other for more than 40 s.
-    flags = (
-        f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    )
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"
     return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
 
 

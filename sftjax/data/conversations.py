@@ -56,7 +56,7 @@ def conversation(messages, tools=None, row=None) -> Conversation:
         raise RowError("empty_conversation", "there are no messages")
     cleaned, weights, weighted = [], [], False
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
+        if not isinstance(message, (dict, Mapping)):  # dict first: asking an abstract class takes ten times as long
             raise RowError(
                 "wrong_type", f"message {number} is {values.kind(message)}, not an object with role and content"
             )

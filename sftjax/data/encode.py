@@ -79,7 +79,7 @@ class RowEncoder:
     def encode_batch(
         self, rows: Sequence[Mapping], indices: Sequence[int] | None = None, source: int = 0
     ) -> list[list[Sample] | RowError]:
-        """The same for many rows at once, which uses all cores; a row's error is returned in its place."""
+        """The same for many rows at once, which is faster; a row's error is returned in its place."""
         indices = range(len(rows)) if indices is None else indices
         pending = [self._prepare(row) for row in rows]
         texts = [part for parts in pending if not isinstance(parts, RowError) for part in parts]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from sftjax.data.types import Sample
 
 ROWS_KEPT = 20  # row numbers written down per reason; the count goes on
@@ -29,7 +31,7 @@ COUNTERS = (
 
 def trained_tokens(sample: Sample) -> int:
     """Tokens of a sample that count in the loss."""
-    return int((sample.weights[1:] != 0).sum())
+    return int(np.count_nonzero(sample.weights[1:]))
 
 
 class Ledger:

@@ -18,6 +18,7 @@ each row, and not taken from marks in the template or from searching for strings
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -240,20 +241,18 @@ def mask(tokenizer: Tokenizer, rendered: Rendered, encoded: Encoded) -> Masked:
     work into independent stretches, so the prompt alone is tokenised alike if this stretch alone is.
     """
     weights = np.zeros(len(encoded.ids), np.float32)
-    stops = np.flatnonzero(tokenizer.is_turn_end[encoded.ids])
-    controls = np.flatnonzero(tokenizer.is_control[encoded.ids])
-    firsts = first_tokens(encoded, [span.start for span in rendered.spans])
-    ends = np.searchsorted(stops, firsts)
-    lasts = np.searchsorted(controls, firsts) - 1
+    stops = np.flatnonzero(tokenizer.is_turn_end[encoded.ids]).tolist()
+    controls = np.flatnonzero(tokenizer.is_control[encoded.ids]).tolist()
+    firsts = first_tokens(encoded, [span.start for span in rendered.spans]).tolist()
     straddle, heads = False, []
-    for span, first, end, last in zip(rendered.spans, firsts.tolist(), ends.tolist(), lasts.tolist(), strict=True):
+    for span, first in zip(rendered.spans, firsts, strict=True):
+        end, last = bisect_left(stops, first), bisect_left(controls, first) - 1
         if end == len(stops) or encoded.ends[stops[end]] > span.limit:
             around = rendered.text[max(span.limit - 40, span.start) : span.limit]
             raise RowError("no_end_of_turn", f"no end-of-turn token behind an answer (its text ends {around!r})")
         weights[first : stops[end] + 1] = span.weight
         straddle |= bool(encoded.starts[first] < span.start)
-        begin = int(controls[last]) if last >= 0 else 0
-        at = int(encoded.starts[begin]) if last >= 0 else 0
+        begin, at = (controls[last], int(encoded.starts[controls[last]])) if last >= 0 else (0, 0)
         heads.append((begin, first, rendered.text[at : span.start], rendered.hidden[at : span.start]))
     flags = (*rendered.flags, *(("straddle",) if straddle else ()))
     return Masked(weights, flags, tuple(heads))
@@ -268,7 +267,7 @@ def first_tokens(encoded: Encoded, starts: Sequence[int]) -> np.ndarray:
     """
     wanted = np.array(starts, np.int32)  # of the array's own type: another would be converted for each search
     firsts = np.searchsorted(encoded.ends, wanted, side="right")
-    for i, start in enumerate(starts):
-        while firsts[i] > 0 and encoded.starts[firsts[i] - 1] >= start:  # a prefix blank that SentencePiece made up
-            firsts[i] -= 1
+    if len(encoded.ids) and not encoded.no_blanks:
+        while (made_up := (firsts > 0) & (encoded.starts[firsts - 1] >= wanted)).any():  # SentencePiece's prefix blank
+            firsts -= made_up
     return firsts

@@ -43,12 +43,14 @@ class Fit:
 
     Attributes:
       pieces: 0, 1 or several samples of at most the length asked for.
+      trained: trained tokens that the sample had.
       reason: why nothing or less than everything is left: "too_long", "truncated_to_nothing", "nothing_trained".
       lost_tokens, lost_trained: tokens in no piece; trained tokens that are no longer a target.
       repeated: tokens in two pieces (the last of one is the context with which the next begins).
     """
 
     pieces: tuple[Sample, ...]
+    trained: int
     reason: str | None = None
     lost_tokens: int = 0
     lost_trained: int = 0
@@ -69,19 +71,19 @@ def fit_to_length(sample: Sample, length: int, overlong: str) -> Fit:
     """
     n, trained = len(sample.tokens), trained_tokens(sample)
     if trained == 0:
-        return Fit((), "nothing_trained", lost_tokens=n)
+        return Fit((), 0, "nothing_trained", lost_tokens=n)
     if n <= length:
-        return Fit((sample,))
+        return Fit((sample,), trained)
     if overlong == "drop" or overlong == "error":
-        return Fit((), "too_long", lost_tokens=n, lost_trained=trained)
+        return Fit((), trained, "too_long", lost_tokens=n, lost_trained=trained)
     if overlong == "truncate":
         cut = _last_turn_end(sample.weights, length) or length
         piece = replace(sample, tokens=sample.tokens[:cut], weights=sample.weights[:cut])
         kept = trained_tokens(piece)
         if kept == 0:
-            return Fit((), "truncated_to_nothing", lost_tokens=n, lost_trained=trained)
-        return Fit((piece,), lost_tokens=n - cut, lost_trained=trained - kept)
-    return _split(sample, length)
+            return Fit((), trained, "truncated_to_nothing", lost_tokens=n, lost_trained=trained)
+        return Fit((piece,), trained, lost_tokens=n - cut, lost_trained=trained - kept)
+    return _split(sample, trained, length)
 
 
 def _last_turn_end(weights: np.ndarray, length: int) -> int:
@@ -95,7 +97,7 @@ def _last_turn_end(weights: np.ndarray, length: int) -> int:
     return int(ends[-1]) + 1 if len(ends) else 0
 
 
-def _split(sample: Sample, length: int) -> Fit:
+def _split(sample: Sample, trained: int, length: int) -> Fit:
     """Pieces [0, L), [L-1, 2L-1), ...: token L-1 is a target in the first and only context in the second."""
     n = len(sample.tokens)
     pieces, lost = [], 0
@@ -107,7 +109,7 @@ def _split(sample: Sample, length: int) -> Fit:
             pieces.append(piece)
         else:
             lost += len(piece.tokens)  # with nothing to learn it would only cost time
-    return Fit(tuple(pieces), lost_tokens=lost, repeated=len(starts) - 1)
+    return Fit(tuple(pieces), trained, lost_tokens=lost, repeated=len(starts) - 1)
 
 
 def to_element(sample: Sample, *, loss_weight: float = 1.0, share: float = 0.0) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
@@ -15,11 +16,13 @@ class Encoded:
     """Ids of a text, and where each came from.
 
     ids, starts, ends: int32 [n]; token i covers characters [starts[i], ends[i]).
+    no_blanks: each token is known to cover a character (some tokenizers make a blank up, which covers none).
     """
 
     ids: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
+    no_blanks: bool = False
 
 
 def of_encoding(encoding) -> Encoded:
@@ -40,13 +43,12 @@ class ByteCounter:
         self._lengths, self._normal_form = lengths, normal_form
 
     @classmethod
-    def of(cls, backend: Backend) -> ByteCounter | None:
-        """None for tokenizers that aren't byte-level, or change the text first.
+    def of(cls, backend: Backend, saved: dict[str, Any]) -> ByteCounter | None:
+        """None for tokenizers that aren't byte-level, or change the text first. `saved`: `backend` as tokenizer.json.
 
         What is left can only take bytes away (an added token that takes blanks along), so that a sum that comes out
         right is right everywhere.
         """
-        saved = json.loads(backend.to_str())
         normalizer, decoder = saved.get("normalizer") or {}, saved.get("decoder") or {}
         puts_blank_in_front = '"add_prefix_space": true' in json.dumps(saved.get("pre_tokenizer"))
         if decoder.get("type") != "ByteLevel" or normalizer.get("type", "NFC") != "NFC" or puts_blank_in_front:
@@ -69,7 +71,7 @@ class ByteCounter:
         numbers = np.array(ids, np.int32)
         lengths = self._lengths[numbers]
         ends = np.cumsum(lengths, dtype=np.int32)
-        if lengths.sum() != len(spelled):
+        if (ends[-1] if len(ends) else 0) != len(spelled):
             return None
         starts = ends - lengths
         if len(spelled) != len(text):
@@ -77,4 +79,4 @@ class ByteCounter:
             character = np.cumsum(begins, dtype=np.int32) - 1
             # a token of a part of a character covers all of it
             starts, ends = character[starts], character[ends - 1] + 1
-        return Encoded(numbers, starts, ends)
+        return Encoded(numbers, starts, ends, no_blanks=True)

@@ -16,6 +16,7 @@ from itertools import islice
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
@@ -25,6 +26,7 @@ MAX_SECONDS = 20.0  # per rendering; a backstop, the steps bind first
 MAX_REPEAT = 100_000  # length that an operator or method may blow a text up to
 MAX_TEXT = 256 * 2**20  # characters of a rendering, or of a text on the way to it
 _BUDGET_FILTER, _JOIN_FILTER = "_sftjax_budget", "_sftjax_join"
+_LOOP_FACTS = frozenset(["first", "last", "index", "index0", "length", "revindex", "revindex0", "previtem", "nextitem"])
 _CAN_COMPOUND = (nodes.Assign, nodes.AssignBlock, nodes.Macro, nodes.CallBlock, nodes.With)
 
 
@@ -60,6 +62,11 @@ def _spend(iterable):
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "**", "%"])
+
+    def getattr(self, obj, attribute):
+        if type(obj) is LoopContext and attribute in _LOOP_FACTS:  # most of what templates ask; the checks take longer
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
     def call_binop(self, context, operator, left, right):
         if operator == "+":
@@ -216,7 +223,8 @@ def compile_tree(environment: jinja2.Environment, tree: nodes.Template) -> jinja
     environment.intercepted_binops = _Sandbox.intercepted_binops | ({"+"} if compound else set())
     tree.set_environment(environment)
     code = environment.compile(tree)
-    return environment.template_class.from_code(environment, code, environment.make_globals(None), None)
+    known = dict(environment.globals)  # a plain one: jinja's own chain of mappings is walked for every rendering
+    return environment.template_class.from_code(environment, code, known, None)
 
 
 def run(template: jinja2.Template, variables: dict) -> str:
@@ -225,7 +233,7 @@ def run(template: jinja2.Template, variables: dict) -> str:
     _budget.deadline = time.monotonic() + MAX_SECONDS
     try:
         parts, size = [], 0
-        for part in template.generate(variables):
+        for part in template.root_render_func(template.new_context(variables)):
             parts.append(part)
             size += len(part)
             if size > MAX_TEXT:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import grain
@@ -22,13 +23,13 @@ import numpy as np
 from absl import flags
 
 from sftjax.data import packing
-from sftjax.data.ledger import Ledger, trained_tokens
+from sftjax.data.ledger import Ledger
 from sftjax.data.mixture import ENDLESS, Mixture
 from sftjax.data.types import RowError, Sample
 from sftjax.errors import ConfigError, DataError
 
 REDUCTIONS = ("token", "example")
-CHUNK = 16  # rows a worker encodes at a time: one message between processes, one call into the tokenizer
+CHUNK = 64  # rows a worker encodes at a time: one message between processes, one call into the tokenizer
 _CHUNKS_AHEAD = 4  # chunks each worker keeps ready
 _WORKER_RESTARTS = 3  # in a row, without a row in between
 _GRACE_ROWS = 1000  # the share of dropped rows is judged as if at least so many had been read
@@ -37,12 +38,42 @@ log = logging.getLogger(__name__)
 
 
 class EncodedRow:
-    """What a worker sends back for one row: its samples, or why there are none. Opaque to Grain's tree functions."""
+    """What became of one row: its samples, or why there are none."""
 
     __slots__ = ("error", "row", "samples", "source")
 
     def __init__(self, source: int, row: int, samples: list[Sample], error: tuple[str, str] | None):
         self.source, self.row, self.samples, self.error = source, row, samples, error
+
+
+class EncodedChunk:
+    """Rows in stream order, opaque to Grain's tree functions.
+
+    Between processes it travels as two arrays, not as two for every sample.
+    """
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: list[EncodedRow]):
+        self.rows = rows
+
+    def __reduce__(self):
+        samples = [sample for row in self.rows for sample in row.samples]
+        rows = [(row.source, row.row, row.error, len(row.samples)) for row in self.rows]
+        about = [(len(s.tokens), s.source, s.index, s.sample, s.flags) for s in samples]
+        tokens = np.concatenate([s.tokens for s in samples]) if samples else None
+        weights = np.concatenate([s.weights for s in samples]) if samples else None
+        return _arrived, (rows, about, tokens, weights)
+
+
+def _arrived(rows: list[tuple], about: list[tuple], tokens: np.ndarray | None, weights: np.ndarray | None):
+    samples, begin = [], 0
+    for length, *place in about:
+        end = begin + length
+        samples.append(Sample(tokens[begin:end], weights[begin:end], *place))
+        begin = end
+    left = iter(samples)
+    return EncodedChunk([EncodedRow(source, row, [*islice(left, n)], error) for source, row, error, n in rows])
 
 
 class _Chunks:
@@ -55,9 +86,9 @@ class _Chunks:
         total = len(self._mixture)
         return sys.maxsize if total == ENDLESS else max(0, -(-(total - self._start) // CHUNK))
 
-    def __getitem__(self, chunk: int) -> list[EncodedRow]:
+    def __getitem__(self, chunk: int) -> EncodedChunk:
         first = self._start + chunk * CHUNK
-        return encode_rows(self._mixture, range(first, min(first + CHUNK, len(self._mixture))))
+        return EncodedChunk(encode_rows(self._mixture, range(first, min(first + CHUNK, len(self._mixture)))))
 
     def __repr__(self) -> str:
         return f"rows from {self._start}"
@@ -242,7 +273,7 @@ class SampleIterator(grain.DatasetIterator):
             options = grain.MultiprocessingOptions(self._stream.workers, per_worker_buffer_size=_CHUNKS_AHEAD)
             dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         self._workers = iter(dataset)
-        return (row for chunk in self._workers for row in chunk)
+        return (row for chunk in self._workers for row in chunk.rows)
 
     def _judge_losses(self) -> None:
         read, empty = self.ledger.total("rows"), self.ledger.total("empty_rows")
@@ -265,8 +296,8 @@ def account(ledger: Ledger, row: EncodedRow, length: int, overlong: str, locatio
     pieces: list[Sample] = []
     for sample in row.samples:
         ledger.flag(source, sample.flags)
-        ledger.add(source, samples=1, tokens=len(sample.tokens), trained=trained_tokens(sample))
         fit = packing.fit_to_length(sample, length, overlong)
+        ledger.add(source, samples=1, tokens=len(sample.tokens), trained=fit.trained)
         if fit.reason == "too_long" and overlong == "error":
             raise DataError(
                 f"{location(source, row.row)}: a sample of {len(sample.tokens)} tokens is longer than max_length="
@@ -274,14 +305,15 @@ def account(ledger: Ledger, row: EncodedRow, length: int, overlong: str, locatio
             )
         if fit.reason is not None:
             ledger.drop(source, row.row, fit.reason)
-        ledger.add(
-            source,
-            lost_tokens=fit.lost_tokens,
-            lost_trained=fit.lost_trained,
-            repeated=fit.repeated,
-            split=int(len(sample.tokens) > length and overlong == "split"),
-            truncated=int(len(sample.tokens) > length and overlong == "truncate" and len(fit.pieces) == 1),
-        )
+        if fit.reason is not None or len(fit.pieces) != 1 or fit.pieces[0] is not sample:
+            ledger.add(
+                source,
+                lost_tokens=fit.lost_tokens,
+                lost_trained=fit.lost_trained,
+                repeated=fit.repeated,
+                split=int(len(sample.tokens) > length and overlong == "split"),
+                truncated=int(len(sample.tokens) > length and overlong == "truncate" and len(fit.pieces) == 1),
+            )
         pieces.extend(fit.pieces)
     if not pieces:
         ledger.add(source, empty_rows=1)

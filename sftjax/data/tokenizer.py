@@ -27,6 +27,7 @@ from sftjax.data.control import ControlText
 from sftjax.data.rendering import Renderer
 from sftjax.data.sandbox import TemplateError
 from sftjax.data.templates import Template
+from sftjax.data.words import WordEncoder
 from sftjax.errors import ConfigError, StorageError
 
 _HTML = (
@@ -38,10 +39,10 @@ _ANSWER_TAG = re.compile(r"</?[a-z_]+>")  # <think>, <tool_call>: added, not spe
 
 
 class Tokenizer:
-    """A fast tokenizer with its chat template. Picklable (worker processes get a copy).
+    """A fast tokenizer with its chat template. Picklable: worker processes get a copy, which encodes and decodes.
 
     Attributes:
-      hf: the transformers tokenizer.
+      hf: the transformers tokenizer; None in a copy from another process, where importing it would take a second.
       backend: the same without additions in front or behind (no BOS or EOS by itself).
       template: the chat template, or None.
       renderer, tools_renderer: it, compiled; the second for conversations with tools.
@@ -67,6 +68,7 @@ class Tokenizer:
         backend.post_processor = _no_post_processor()
         self.backend = backend
         self.vocab_size = len(hf)
+        self._unknown = hf.unk_token
         self.eos_id, self.bos_id = hf.eos_token_id, hf.bos_token_id
         candidates = (hf.pad_token_id, self.eos_id, hf.unk_token_id, 0)
         self.pad_id = next(number for number in candidates if number is not None)
@@ -81,10 +83,9 @@ class Tokenizer:
         self.stop_ids = tuple(dict.fromkeys(number for number in stops if number is not None))
 
     def __getstate__(self):
-        state = dict(self.__dict__)
-        for name in ("plain_backends", "control_text", "control_tokens", "byte_counter"):  # made again on demand
-            state.pop(name, None)
-        return state
+        left = ("plain_backends", "control_text", "control_tokens")  # made again on demand
+        state = {key: value for key, value in self.__dict__.items() if key not in left}
+        return {**state, "hf": None, "_fast_parts": self._fast_parts}
 
     # --- encoding ------------------------------------------------------------------------------------------------
 
@@ -104,17 +105,7 @@ class Tokenizer:
           hidden: the same texts (same lengths) with each control token that is *data* written in private-use
             characters by `hide_control_tokens`; equal to the text where there is none.
         """
-        if len(hidden) == 1:  # without waking threads
-            found = [places.of_encoding(self.backend.encode(hidden[0], add_special_tokens=False))]
-        elif self.byte_counter is None:
-            found = map(places.of_encoding, self.backend.encode_batch(list(hidden), add_special_tokens=False))
-        else:
-            encodings = self.backend.encode_batch_fast(list(hidden), add_special_tokens=False)
-            counted = map(self.byte_counter.places, (encoding.ids for encoding in encodings), hidden)
-            found = [
-                one or places.of_encoding(self.backend.encode(cover, add_special_tokens=False))
-                for one, cover in zip(counted, hidden, strict=True)
-            ]
+        found = self._with_places(hidden)
         return [
             one if text == cover else self._patch(text, cover, one)
             for text, cover, one in zip(texts, hidden, found, strict=True)
@@ -122,10 +113,28 @@ class Tokenizer:
 
     def encode_ids(self, texts: Sequence[str], hidden: Sequence[str]) -> list[Sequence[int]]:
         """`encode_mixed` without the places."""
-        encodings = self.backend.encode_batch_fast(list(hidden), add_special_tokens=False)
         return [
-            encoding.ids if text == cover else self.encode_mixed([text], [cover])[0].ids.tolist()
-            for text, cover, encoding in zip(texts, hidden, encodings, strict=True)
+            ids if text == cover else self.encode_mixed([text], [cover])[0].ids.tolist()
+            for text, cover, ids in zip(texts, hidden, self._ids(hidden), strict=True)
+        ]
+
+    def _ids(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Ids of texts: from their words where that is proved to be the same, else by the tokenizer itself."""
+        found = [None] * len(texts) if self.words is None else self.words.encode(texts)
+        left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        if len(left) == 1:  # without waking threads
+            rest = iter([self.backend.encode(left[0], add_special_tokens=False)])
+        else:
+            rest = iter(self.backend.encode_batch_fast(left, add_special_tokens=False))
+        return [next(rest).ids if ids is None else ids for ids in found]
+
+    def _with_places(self, texts: Sequence[str]) -> list[places.Encoded]:
+        if self.byte_counter is None:
+            return [*map(places.of_encoding, self.backend.encode_batch(list(texts), add_special_tokens=False))]
+        counted = map(self.byte_counter.places, self._ids(texts), texts)
+        return [
+            one or places.of_encoding(self.backend.encode(text, add_special_tokens=False))
+            for one, text in zip(counted, texts, strict=True)
         ]
 
     def decode(self, ids, *, skip_special: bool = False) -> str:
@@ -166,7 +175,7 @@ class Tokenizer:
     def is_control(self) -> np.ndarray:
         """bool [vocab_size]: control tokens; without the unknown one, which any odd character gives."""
         model = self.backend.model
-        unknown = self.hf.unk_token if isinstance(model, Unigram) else getattr(model, "unk_token", None)
+        unknown = self._unknown if isinstance(model, Unigram) else getattr(model, "unk_token", None)
         return self._table(number for name, number in self.control_tokens.items() if name != unknown)
 
     @cached_property
@@ -195,9 +204,18 @@ class Tokenizer:
         """The inverse of `hide_control_tokens`, on a rendering too."""
         return self.control_text.unhide(cover)
 
-    @cached_property
+    @property
     def byte_counter(self) -> places.ByteCounter | None:
-        return places.ByteCounter.of(self.backend)
+        return self._fast_parts[0]
+
+    @property
+    def words(self) -> WordEncoder | None:
+        return self._fast_parts[1]
+
+    @cached_property
+    def _fast_parts(self) -> tuple[places.ByteCounter | None, WordEncoder | None]:
+        saved = json.loads(self.backend.to_str())
+        return places.ByteCounter.of(self.backend, saved), WordEncoder.of(self.backend, saved)
 
     @cached_property
     def plain_backends(self) -> tuple[Backend, Backend]:
@@ -220,7 +238,7 @@ class Tokenizer:
         place = text.rfind(answer)
         if place < 0:
             raise ConfigError(f"chat template {self.template.name!r} doesn't write the assistant's content")
-        encoded = self.encode_mixed([text], [text])[0]
+        encoded = places.of_encoding(self.backend.encode(text, add_special_tokens=False))
         behind = encoded.starts >= place + len(answer)
         found = np.flatnonzero(behind & self.is_control[encoded.ids])
         return int(encoded.ids[found[0]]) if len(found) else None

@@ -12,6 +12,13 @@ from datasets import Dataset, disable_caching
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -19,11 +26,14 @@ def main():
     parser.add_argument("--data", required=True, help="JSONL with messages")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--masks", action="store_true", help="train on answers only, as sftjax always does (ChatML)")
     args = parser.parse_args()
 
     disable_caching()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.masks:  # TRL takes them from marks in the template, which this model's hasn't
+        tokenizer.chat_template = CHATML
     prepare, taken = SFTTrainer._prepare_dataset, []
 
     def timed(self, *arguments, **options):
@@ -48,6 +58,7 @@ def main():
             bf16=False,
             report_to=[],
             dataset_num_proc=args.workers,
+            assistant_only_loss=args.masks,
         ),
         train_dataset=dataset,
         processing_class=tokenizer,
