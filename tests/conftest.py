@@ -1,6 +1,7 @@
-"""Eight simulated CPU devices, and no silent rank promotion, for every test."""
+"""Eight simulated CPU devices, and no silent rank promotion, for every test; which of them are slow."""
 
 import os
+from pathlib import Path
 
 # The devices wait for each other: on a loaded machine for longer than the 40 s after which XLA aborts.
 os.environ["XLA_FLAGS"] = (
@@ -10,7 +11,16 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import pytest
 
 import sftjax.compat  # noqa: F401  # before jax looks at its devices: it keeps their collectives in order
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SLOW = {line for line in (Path(__file__).parent / "slow.txt").read_text().splitlines() if not line.startswith("#")}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW & {item.nodeid, item.nodeid.split("[")[0]}:
+            item.add_marker(pytest.mark.slow)

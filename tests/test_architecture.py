@@ -172,3 +172,11 @@ def test_tools_are_run_as_programs(path):
     assert isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant), "no docstring"
     assert isinstance(body[-1], ast.If) and "__main__" in ast.unparse(body[-1].test)
     assert "exit_with_message" in ast.unparse(body[-1])
+
+
+def test_slow_tests_that_are_listed_exist():
+    lines = [line for line in (ROOT / "tests" / "slow.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines == sorted(set(lines))
+    for line in lines:
+        file, name = line.split("[")[0].split("::")
+        assert any(isinstance(node, ast.FunctionDef) and node.name == name for node in parse(ROOT / file).body), line

@@ -168,7 +168,7 @@ def test_llama7b_runs_up_to_its_first_step(llama2, tmp_path):
     assert "trained in 100.0% of conversations" in done.stdout and "'fsdp': 8" in done.stdout
 
 
-@pytest.mark.slow  # 2.1 M tokens a step, as the file says: two CPU minutes even for a model of five thousand parameters
+@pytest.mark.nightly  # 2.1 M tokens a step, as the file says: two CPU minutes even for five thousand parameters
 def test_llama7b_itself_trains_and_exports(llama2, tmp_path):
     data, run = tiny_run.conversations(tmp_path / "chats.jsonl", 300), tmp_path / "run"
     tiny_run.run(llama7b(llama2, data, run), devices=8, timeout=1200)

@@ -105,7 +105,7 @@ def test_two_processes_meet():
         assert "sum 1" in out.splitlines(), out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_train_as_one(tmp_path):
     """Two processes of two devices, and one of four: the same losses."""
     model, data = tiny_run.model(tmp_path / "model"), tiny_run.conversations(tmp_path / "chats.jsonl")

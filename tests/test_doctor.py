@@ -1,7 +1,7 @@
 """The doctor names what is wrong first, in runs broken on purpose, and is silent on healthy ones.
 
 Every fault is produced by the product itself on a tiny model (tests/faulty_runs.py), a few by default, the others among
-the slow tests; what can't wait for a run is tested on a folder written by hand.
+the nightly tests; what can't wait for a run is tested on a folder written by hand.
 """
 
 import json
@@ -66,7 +66,7 @@ def test_a_working_run_at_an_unusual_learning_rate_is_told_so(quick):
     assert [finding.rule for finding in check(quick, "learning_rate_unusual")] == ["learning_rate_unusual"]
 
 
-SLOW = [
+OTHERS = [
     "healthy_full", "healthy_two_sources", "learning_rate_too_high", "steps_not_finite", "mask_leaves_little",
     "dead_adapters", "loss_not_falling", "stop_token_untrained", "duplicates", "validation_rising", "forgetting",
     "adapter_too_small", "empty_answers", "garbled_answers", "refusals", "loops", "style_collapse", "endless_answers",
@@ -74,20 +74,20 @@ SLOW = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", OTHERS)
 def test_the_right_fault_comes_first_in_the_others(others, name):
     check(others[0], name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_full_tuning_for_a_small_change_is_named_behind_what_it_did(others):
     rules = [finding.rule for finding in doctor.diagnose(others[0] / "full_for_a_small_change")]
     assert rules[:2] == ["forgetting", "full_for_a_small_change"], rules
     assert "full_for_a_small_change" not in [finding.rule for finding in doctor.diagnose(others[0] / "forgetting")]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_only_the_runs_that_were_to_fail_did(others):
     assert {path.rsplit("/", 1)[-1]: text.split(":")[0] for path, text in others[1].items()} == {
         "steps_not_finite": "Diverged",
@@ -96,7 +96,7 @@ def test_only_the_runs_that_were_to_fail_did(others):
 
 
 def test_every_rule_is_tried_and_explained():
-    tried = {*QUICK, *SLOW, "learning_rate_unusual", "full_for_a_small_change"}
+    tried = {*QUICK, *OTHERS, "learning_rate_unusual", "full_for_a_small_change"}
     assert {name for name in tried if not name.startswith("healthy")} == set(NAMES)
     assert len([name for name in tried if name.startswith("healthy")]) == 3
     page = (tiny_run.ROOT / "docs" / "troubleshooting.md").read_text()

@@ -69,7 +69,6 @@ def test_committed_clean(name):
     assert not any(line.startswith(("!", "%")) for cell in code for line in cell.source.splitlines())
 
 
-@pytest.mark.slow
 def test_quickstart(job, tmp_path):
     fields = {**SMALL, "train.max_steps": 12, "train.learning_rate": 3e-3, "eval.eval_steps": 6}
     printed = "\n".join(execute("quickstart", {**job, "FIELDS": fields}, tmp_path))
@@ -84,7 +83,6 @@ def test_quickstart(job, tmp_path):
     assert len(images) == 1
 
 
-@pytest.mark.slow
 def test_resume_and_convert(job, tmp_path):
     fields = {**SMALL, "train.max_steps": 200, "eval.eval_steps": 0, "checkpoint.save_steps": 20}
     printed = "\n".join(execute("resume_and_convert", {**job, "FIELDS": fields}, tmp_path))

@@ -78,7 +78,7 @@ def test_a_continued_run_quantises_the_base_again_and_ends_the_same(place, qlora
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.slow  # two more runs; tests/test_step.py has the same for one step's program
+@pytest.mark.nightly  # two more runs; tests/test_step.py has the same for one step's program
 def test_eight_devices_follow_one(place, qlora):
     run(place, "spread", devices=8, mesh__tensor=2, data__packing="none", model__remat="none", export__enabled=False)
     run(place, "alone", data__packing="none", export__enabled=False)
@@ -86,7 +86,7 @@ def test_eight_devices_follow_one(place, qlora):
 
 
 @pytest.mark.parametrize(
-    ("into", "method"), [("dequantized", "dora"), pytest.param("original", "lora", marks=pytest.mark.slow)]
+    ("into", "method"), [("dequantized", "dora"), pytest.param("original", "lora", marks=pytest.mark.nightly)]
 )
 def test_merged_into_either_base_and_said_so(place, into, method):
     name = f"merged-{into}"

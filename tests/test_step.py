@@ -249,7 +249,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("lora_plus", "nf4") else pytest.mark.slow) for name in VARIANTS]
+    "name", [pytest.param(name, marks=() if name in ("lora_plus", "nf4") else pytest.mark.nightly) for name in VARIANTS]
 )
 def test_packing_recomputation_and_devices_don_t_change_the_curve_of_any_variant(name):
     spec = AdapterSpec(**{"rank": 4, "alpha": 8, **VARIANTS[name]})

@@ -6,25 +6,27 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 usage() {
   cat << 'TEXT'
-Usage: bash tools/test.sh [--python 3.12] [--slow] [--parity] [--setup_only] [pytest's arguments ...]
+Usage: bash tools/test.sh [--python 3.12] [--slow] [--nightly] [--parity] [--setup_only] [pytest's arguments ...]
 
 Makes a virtual environment, installs the project with what its tests need, and runs them. On the CPU, without torch.
   --python VERSION   that Python instead of the newest that works
-  --slow             the slow tests as well
+  --slow             the slow tests as well (tests/slow.txt): twice the time
+  --nightly          all there are
   --parity           only the live comparisons with torch, transformers and peft, in an environment of their own
   --setup_only       no tests yet
 Other arguments go to pytest:  bash tools/test.sh tests/data -k packing -x
 TEXT
 }
 
-python_wanted="" slow=" and not slow" parity="" setup_only="" rest=()
+python_wanted="" left=" and not slow and not nightly" parity="" setup_only="" rest=()
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage && exit 0 ;;
     --python) [ $# -ge 2 ] || fail "--python needs a version, as in --python 3.12"
       python_wanted=$2 && shift ;;
     --python=*) python_wanted=${1#*=} ;;
-    --slow) slow="" ;;
+    --slow) left=" and not nightly" ;;
+    --nightly) left="" ;;
     --parity) parity=yes ;;
     --setup_only) setup_only=yes ;;
     *) rest+=("$1") ;;
@@ -32,9 +34,9 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-select="not parity$slow"
+select="not parity$left"
 if [ -n "$parity" ]; then
-  select="parity$slow"
+  select="parity$left"
   # The pinned torch has the smallest build for 3.11; where there is no 3.11, any other will do.
   [ -n "$python_wanted" ] || ! find_python 3.11 || python_wanted=3.11
   require_python "$python_wanted"

@@ -14,7 +14,7 @@ from sftjax.config import defaults
 if importlib.util.find_spec("libtpu") is None and not os.environ.get("CI"):
     pytest.skip("libtpu isn't installed: pip install 'sftjax[tpu]'", allow_module_level=True)
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 MIB = 2**20
 
 

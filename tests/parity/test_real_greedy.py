@@ -24,7 +24,7 @@ FOLDERS = {
 }
 pytestmark = [
     pytest.mark.parity,
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(not DATA.exists(), reason="run tools/quickstart.sh --setup_only first"),
 ]
 PROMPTS, NEW_TOKENS, MARGIN = 20, 40, 1e-3

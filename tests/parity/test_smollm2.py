@@ -27,7 +27,7 @@ FOLDER = ROOT / ".cache" / "quickstart"
 MODEL, DATA = FOLDER / "SmolLM2-135M-Instruct", FOLDER / "chitchat" / "held_out.jsonl"
 pytestmark = [
     pytest.mark.parity,
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(not (MODEL.exists() and DATA.exists()), reason="run tools/quickstart.sh --setup_only first"),
 ]
 STEPS, LENGTH, LEARNING_RATE = 5, 256, 1e-4

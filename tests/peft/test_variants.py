@@ -127,7 +127,7 @@ BY_DEFAULT = ("lora", "pissa", "qdora")
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in VARIANTS]
+    "variant", [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.nightly) for name in VARIANTS]
 )
 def test_same_loss_and_gradients_packed_recomputed_and_sharded(variant):
     runtime = decoder.Runtime(compute_dtype="float32", remat="none")

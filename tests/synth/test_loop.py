@@ -62,7 +62,7 @@ def test_items_are_disjoint_and_made_from_their_seed(tmp_path):
         loop.make_items(settings(tmp_path, task="no_such_task"), 1, 5, set())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_whole_loop_on_a_tiny_model(tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym", reason=WHY)
     model = tiny_run.model(tmp_path / "m")

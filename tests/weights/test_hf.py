@@ -250,7 +250,7 @@ def write_large(folder, raw):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_and_speed_of_a_large_model(tmp_path, monkeypatch):
     """4 GB: peak resident memory beyond the arrays' own bytes is at most 1 GB; time within 1.3x of reading."""
     raw = tiny.config_dict(
