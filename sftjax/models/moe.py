@@ -7,15 +7,20 @@ that what a token gets never depends on the other tokens of the batch (nor on pa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
+from sftjax import compat
 from sftjax.models import layers, ops
 from sftjax.models.config import Experts, ModelConfig
+from sftjax.parallel import partition
+from sftjax.parallel.mesh import BATCH_AXES
 from sftjax.peft import lora
 
 Array = jax.Array
@@ -37,15 +42,18 @@ class MoeMlp(nn.Module):
         x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
         logits_NxE = Router(experts, name="router")(x_NxD)
         weights_NxC, chosen_NxC = route(logits_NxE, experts)
-        out_NxD = ExpertMlps(self.config, self.runtime, experts, name="experts")(x_NxD, weights_NxC, chosen_NxC)
+        rows = x_BxLxD.shape[:2]
+        out = ExpertMlps(self.config, self.runtime, experts, name="experts")(
+            x_BxLxD, weights_NxC.reshape(*rows, -1), chosen_NxC.reshape(*rows, -1)
+        )
         if experts.shared_intermediate_size:
             shared = layers.Mlp(self.config, self.runtime, experts.shared_intermediate_size, name="shared_expert")(
                 x_BxLxD
             )
             gate = layers.Linear(1, self.runtime, name="shared_expert_gate")(x_BxLxD)
-            out_NxD = out_NxD + (jax.nn.sigmoid(gate) * shared).reshape(out_NxD.shape)
+            out = out + jax.nn.sigmoid(gate) * shared
         statistics = router_statistics(logits_NxE, chosen_NxC, real_BxL.reshape(-1))
-        return out_NxD.reshape(x_BxLxD.shape), statistics
+        return out, statistics
 
 
 class Router(nn.Module):
@@ -64,60 +72,103 @@ class Router(nn.Module):
 
 
 class ExpertMlps(nn.Module):
-    """The experts' gated MLPs, stacked on a leading axis `E`."""
+    """The experts' gated MLPs, stacked on a leading axis `E`.
+
+    On several devices each has some of the experts (axis `expert`) and some of the tokens (all other axes): it sends
+    its tokens through its experts, and what they give is summed over the `expert` axis.
+    """
 
     config: ModelConfig
     runtime: layers.Runtime
     experts: Experts
 
     @nn.compact
-    def __call__(self, x_NxD: Array, weights_NxC: Array, chosen_NxC: Array) -> Array:
-        config, experts = self.config, self.experts
-        order = jnp.argsort(chosen_NxC.reshape(-1), stable=True)  # (token, choice) pairs, by expert
-        expert_of = chosen_NxC.reshape(-1)[order]
-        token_of = order // experts.per_token
-        sizes_E = jnp.bincount(expert_of, length=experts.count).astype(jnp.int32)
-        x = x_NxD[token_of]
-
-        def project(name: str, features: int, x: Array) -> Array:
-            module = ExpertLinear(experts.count, features, self.runtime, experts.bias, name=name)
-            return module(x, sizes_E, expert_of)
-
-        gate = project("gate_proj", experts.intermediate_size, x)
-        up = project("up_proj", experts.intermediate_size, x)
-        inner = ops.gated_activation(gate, up, config.activation, config.swiglu_limit)
-        out = project("down_proj", config.hidden_size, inner)
-        out = out.astype(jnp.float32) * weights_NxC.reshape(-1)[order][:, None]
-        summed = jnp.zeros((x_NxD.shape[0], config.hidden_size), jnp.float32).at[token_of].add(out)
-        return summed.astype(x_NxD.dtype)
+    def __call__(self, x_BxLxD: Array, weights_BxLxC: Array, chosen_BxLxC: Array) -> Array:
+        config, experts, mesh = self.config, self.experts, self.runtime.mesh
+        widths = {"gate_proj": (config.hidden_size, experts.intermediate_size)}
+        widths |= {"up_proj": widths["gate_proj"], "down_proj": widths["gate_proj"][::-1]}
+        projections = {
+            name: ExpertLinear(experts.count, *width, self.runtime, experts.bias, name=name)(x_BxLxD.dtype)
+            for name, width in widths.items()
+        }
+        run = functools.partial(_run_experts, config, experts, self.runtime.adapter_dropout)
+        if mesh is None or mesh.size == 1:
+            return run((), None, projections, x_BxLxD, weights_BxLxC, chosen_BxLxC)
+        tokens = partition.fit(P(BATCH_AXES, ("context", "tensor"), None), x_BxLxD.shape, mesh)
+        axes = tuple(name for entry in tokens if entry for name in entry)
+        cut = "expert" if experts.count % mesh.shape["expert"] == 0 else None
+        parts = jax.tree.map(lambda leaf: P(cut) if leaf.ndim > 1 else P(), projections)
+        return compat.shard_map(
+            functools.partial(run, axes, cut), mesh=mesh, in_specs=(parts, tokens, tokens, tokens), out_specs=tokens
+        )(projections, x_BxLxD, weights_BxLxC, chosen_BxLxC)
 
 
 class ExpertLinear(nn.Module):
-    """One projection of all experts: row `m` of x meets the weight of its expert. Weight `[E, features, in]`."""
+    """One projection of all experts: what `_project` needs of it. Weight `[E, features, in]`."""
 
     count: int
+    inputs: int
     features: int
     runtime: layers.Runtime
     use_bias: bool
 
     @nn.compact
-    def __call__(self, x_MxI: Array, sizes_E: Array, expert_of_M: Array) -> Array:
+    def __call__(self, dtype: Any) -> dict[str, Any]:
         if self.has_variable("quant", "codes"):
             weight = layers.stored_weight(self)
         else:
-            shape = (self.count, self.features, x_MxI.shape[-1])
-            weight = layers.trained(self, "weight", layers.init_matrix, shape)
-        multiply = grouped_matmul(sizes_E)
-        y = multiply(x_MxI, layers.gathered(self, weight).astype(x_MxI.dtype))
+            weight = layers.trained(self, "weight", layers.init_matrix, (self.count, self.features, self.inputs))
+        found: dict[str, Any] = {"weight": layers.gathered(self, weight).astype(dtype)}
         if self.has_variable("adapter", "lora_A"):
-            rate = self.runtime.adapter_dropout
-            key = layers.dropout_key(self, rate)
-            adapter = layers.leaves(self, "adapter")
-            y = lora.apply(x_MxI, y, adapter, dropout_rate=rate, dropout_rng=key, matmul=multiply)
+            found["adapter"] = layers.leaves(self, "adapter")
+            key = layers.dropout_key(self, self.runtime.adapter_dropout)
+            if key is not None:
+                found["dropout"] = key
         if self.use_bias:
-            bias = layers.trained(self, "bias", nn.initializers.zeros, (self.count, self.features))
-            y = y + bias.astype(y.dtype)[expert_of_M]
-        return y
+            found["bias"] = layers.trained(self, "bias", nn.initializers.zeros, (self.count, self.features))
+        return found
+
+
+def _run_experts(config, experts, dropout_rate, token_axes, expert_axis, projections, x_BxLxD, weights_BxLxC, chosen):
+    """One device's tokens through its experts: the sum over the experts that each chose, `[B, L, D]`."""
+    x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
+    count = projections["gate_proj"]["weight"].shape[0]
+    expert = chosen.reshape(-1)
+    if expert_axis is not None:
+        expert = expert - jax.lax.axis_index(expert_axis) * count
+    elsewhere = (expert < 0) | (expert >= count)
+    expert = jnp.where(elsewhere, count, expert)  # (token, choice) pairs of other devices' experts come last
+    order = jnp.argsort(expert, stable=True)
+    expert_of, token_of = expert[order], order // experts.per_token
+    sizes = jnp.bincount(expert_of, length=count + 1)[:count].astype(jnp.int32)
+    # Rows behind the last group are undefined after a grouped matmul, and in its gradient too.
+    here = (expert_of < count)[:, None]
+    x = jnp.where(here, x_NxD[token_of], 0)
+
+    def project(name: str, x: Array) -> Array:
+        parts = dict(projections[name])
+        if "dropout" in parts and token_axes:
+            parts["dropout"] = jax.random.fold_in(parts["dropout"], jax.lax.axis_index(token_axes))
+        return jnp.where(here, _project(parts, x, sizes, jnp.minimum(expert_of, count - 1), dropout_rate), 0)
+
+    inner = ops.gated_activation(project("gate_proj", x), project("up_proj", x), config.activation, config.swiglu_limit)
+    out = project("down_proj", inner).astype(jnp.float32) * weights_BxLxC.reshape(-1)[order][:, None]
+    summed = jnp.zeros(x_NxD.shape, jnp.float32).at[token_of].add(out)
+    if expert_axis is not None:
+        summed = jax.lax.psum(summed, expert_axis)
+    return summed.astype(x_BxLxD.dtype).reshape(x_BxLxD.shape)
+
+
+def _project(parts, x_MxI: Array, sizes_E: Array, expert_of_M: Array, dropout_rate: float) -> Array:
+    """Row `m` of x meets the weight of its expert, its adapter and its bias."""
+    multiply = grouped_matmul(sizes_E)
+    y = multiply(x_MxI, parts["weight"])
+    if "adapter" in parts:
+        key = parts.get("dropout")
+        y = lora.apply(x_MxI, y, parts["adapter"], dropout_rate=dropout_rate, dropout_rng=key, matmul=multiply)
+    if "bias" in parts:
+        y = y + parts["bias"].astype(y.dtype)[expert_of_M]
+    return y
 
 
 def grouped_matmul(sizes_E: Array) -> Callable[[Array, Array], Array]:

@@ -14,6 +14,8 @@ from sftjax.models import decoder, moe
 from sftjax.models.config import Experts, LayerSpec, ModelConfig, Rope, layer_address, layer_plan
 from sftjax.parallel import mesh as meshes
 from sftjax.parallel import partition
+from sftjax.peft import lora
+from sftjax.peft.spec import AdapterSpec
 
 ROPE = Rope(10_000.0, 16)
 PLAIN = ModelConfig(
@@ -114,18 +116,38 @@ def test_recomputation_and_unrolling_change_nothing(name, remat):
     assert_close(recomputed, plain, 2e-6)
 
 
+def on_mesh(shape, params, batch):
+    mesh = meshes.make(shape)
+    placed = jax.device_put(params, partition.shardings(params, mesh))
+    return mesh, placed, jax.device_put(batch, jax.NamedSharding(mesh, partition.P(("data", "fsdp"))))
+
+
+SPLIT_EXPERTS = {"fsdp": 2, "expert": 2, "context": 2}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, SPLIT_EXPERTS])
 def test_a_mesh_changes_nothing(name, shape):
     config, batch = CONFIGS[name], make_batch(rows=8)
     params = make(config)
     value, plain = gradient(config, FLOAT32.replace(remat="full"), params, batch)
-    mesh = meshes.make(shape)
-    placed = jax.device_put(params, partition.shardings(params, mesh))
-    rows = jax.device_put(batch, jax.NamedSharding(mesh, partition.P(("data", "fsdp"))))
+    mesh, placed, rows = on_mesh(shape, params, batch)
     again, sharded = gradient(config, FLOAT32.replace(remat="full", mesh=mesh), placed, rows)
     assert np.isclose(value, again, rtol=1e-6)
     assert_close(sharded, plain, 5e-6)
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "expert": 2}])
+def test_devices_share_the_experts_work(shape):
+    """A mixture's tokens stay where they are: nobody computes another's, and only weights are gathered."""
+    config = MIXED.replace(layers=MIXED.layers[:1])
+    params, batch = make(config), make_batch(rows=8)
+    alone = gradient.lower(config, FLOAT32, params, batch).compile()
+    mesh, placed, rows = on_mesh(shape, params, batch)
+    program = gradient.lower(config, FLOAT32.replace(mesh=mesh), placed, rows).compile()
+    twice = mesh.shape["expert"]  # what isn't experts is done by each of these devices
+    assert program.cost_analysis()["flops"] < 1.5 * twice * alone.cost_analysis()["flops"] / 8
+    assert f"f32[{8 * 128 * 2},64]" not in program.as_text()  # all tokens, once for each choice
 
 
 def test_bfloat16_stays_near_float32():
@@ -180,6 +202,29 @@ def test_noise_comes_with_a_key_only_and_is_repeatable(field):
     first, again, other = (noisy_loss(PLAIN, noisy, params, batch, jax.random.key(seed)) for seed in (0, 0, 1))
     assert loss(PLAIN, noisy, {"params": params}, batch) == value
     assert first == again and first != value and first != other
+
+
+def test_dropout_of_experts_adapters_differs_between_devices_and_is_repeatable():
+    config = MIXED.replace(layers=MIXED.layers[:1])
+    params, batch = make(config), make_batch(rows=8)
+    batch = jax.tree.map(lambda leaf: jnp.tile(leaf[:1], (8, 1)), batch)  # the same row on every device
+    adapter = lora.init(jax.random.key(1), params, AdapterSpec(rank=4, target_modules=r".*experts.*"))
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1, adapter)
+    mesh, placed, rows = on_mesh({"fsdp": 4, "expert": 2}, params, batch)
+    noisy = FLOAT32.replace(mesh=mesh, adapter_dropout=0.3)
+
+    @jax.jit
+    def hidden(params, adapter, batch, key):
+        variables = {"params": params, "adapter": adapter}
+        return decoder.hidden_states(
+            config, noisy, variables, batch["tokens"], batch["positions"], batch["segment_ids"], dropout_rng=key,
+            weights=batch["weights"],
+        )[0]  # fmt: skip
+
+    quiet, first, again, other = (hidden(placed, adapter, rows, key) for key in (None, *map(jax.random.key, (0, 0, 1))))
+    assert np.allclose(quiet, quiet[:1], atol=1e-5)
+    assert np.array_equal(first, again) and not np.allclose(first, other, atol=1e-3)
+    assert not np.allclose(first[0], first[2], atol=1e-3)  # rows of two devices
 
 
 def test_rows_that_pad_the_vocabulary_never_win():
