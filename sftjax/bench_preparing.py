@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from sftjax import bench, loading
@@ -31,19 +33,25 @@ def preparation(*, model: str, data: str, max_length: int, workers: int) -> dict
     )
 
 
-def peer(*, python: str, model: str, data: str, max_length: int, workers: int) -> dict[str, Any]:
+def peer(*, python: str, masks: bool, model: str, data: str, max_length: int, workers: int) -> dict[str, Any]:
     """The same by TRL's SFTTrainer, in the Python that has it: what it does with a dataset before the first step."""
     line = [python, str(bench.ROOT / "tests" / "parity" / "peer_prepare.py"), "--model", model, "--data", data]
-    output, _ = bench.run([*line, "--max_length", str(max_length), "--workers", str(workers or 2)])
+    line += ["--max_length", str(max_length), "--workers", str(workers or 2), *["--masks"] * masks]
+    output, _ = bench.run(line)
     return _figures(**json.loads(output.strip().splitlines()[-1]))
 
 
-def compare(*, peer_python: str, repeats: int, **settings: Any) -> dict[str, Any]:
-    """`preparation` and the peer in turn."""
-    programs = {"sftjax": functools.partial(preparation, **settings)}
-    if peer_python:
-        programs["trl"] = functools.partial(peer, python=peer_python, **settings)
-    return bench.in_turn(programs, repeats, settings, ("tokens_per_second", "seconds", "filled"))
+def compare(*, peer_python: str, peer_masks: bool, repeats: int, copies: int, **settings: Any) -> dict[str, Any]:
+    """`preparation` and the peer in turn, on `copies` of the data."""
+    with tempfile.TemporaryDirectory(prefix="sftjax-bench-") as folder:
+        if copies > 1:
+            lines = Path(settings["data"]).read_bytes()
+            settings["data"] = f"{folder}/chats.jsonl"
+            Path(settings["data"]).write_bytes((lines if lines.endswith(b"\n") else lines + b"\n") * copies)
+        programs = {"sftjax": functools.partial(preparation, **settings)}
+        if peer_python:
+            programs["trl"] = functools.partial(peer, python=peer_python, masks=peer_masks, **settings)
+        return bench.in_turn(programs, repeats, settings, ("tokens_per_second", "seconds", "filled"))
 
 
 def _figures(*, seconds: float, tokens: int, slots: int, conversations: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@ SFTTrainer in the same sitting, in turn, and the ratio is printed.
 With --generate, generation instead: greedy answers of --new_tokens tokens to --prompts first messages, after one round
 that compiles; the peer is transformers' generate with torch.
 
-With --prepare, how fast the conversations become packed rows; the peer is what SFTTrainer does before its first step.
+With --prepare, how fast the conversations become packed rows; the peer is what SFTTrainer does before its first step,
+with --peer_masks for training on the answers only, as sftjax always does (conversations in ChatML).
 
 With --load, how fast --model is loaded, beside merely reading its files.
 """
@@ -18,7 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sftjax import bench, bench_loading, bench_preparing
 from sftjax.errors import exit_with_message
 
 
@@ -40,14 +40,19 @@ def main() -> int:
     parser.add_argument("--new_tokens", type=int, default=64, help="with --generate")
     parser.add_argument("--prepare", action="store_true", help="measure the preparation of the data")
     parser.add_argument("--workers", type=int, default=2, help="with --prepare: processes")
+    parser.add_argument("--copies", type=int, default=1, help="with --prepare: the data so many times over")
+    parser.add_argument("--peer_masks", action="store_true", help="with --prepare: the peer masks prompts as well")
     parser.add_argument("--load", action="store_true", help="measure loading")
     args = parser.parse_args()
+    from sftjax import bench, bench_preparing  # here, because data workers import this file as well
+
     if args.load:
         return loading(args.model, args.out)
     shared = {name: getattr(args, name) for name in ("peer_python", "repeats", "model", "data", "dtype")}
     if args.prepare:
         del shared["dtype"]
-        result = bench_preparing.compare(**shared, max_length=args.max_length, workers=args.workers)
+        more = {name: getattr(args, name) for name in ("max_length", "workers", "copies", "peer_masks")}
+        result = bench_preparing.compare(**shared, **more)
     elif args.generate:
         batch_size = args.batch_size or args.prompts
         result = bench.compare_generation(
@@ -73,6 +78,8 @@ def main() -> int:
 
 
 def loading(model: str, out: str | None) -> int:
+    from sftjax import bench_loading
+
     result = bench_loading.compare(model=model)
     if out:
         Path(out).write_text(json.dumps(result, indent=2))

@@ -60,7 +60,7 @@ def conversation(messages, tools=None, row=None) -> Conversation:
             raise RowError(
                 "wrong_type", f"message {number} is {values.kind(message)}, not an object with role and content"
             )
-        weight = _weight(message, number)
+        weight = _weight(message, number) if len(message) > 2 or "content" not in message else None
         weighted |= weight is not None
         cleaned.append(_message(message, number))
         answer = cleaned[-1]["role"] == "assistant"

@@ -64,7 +64,7 @@ class RowEncoder:
         self.train_on, self.system, self.fold_system = train_on, system, fold_system
         self.on_mask_error, self.control_text = on_mask_error, control_text
         self.template_kwargs = dict(template_kwargs or {})
-        self._heads: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._heads: dict[tuple[str, str], bytes] = {}
 
     def __getstate__(self):
         return {**self.__dict__, "_heads": {}}
@@ -219,16 +219,16 @@ class RowEncoder:
         )
         wanted = list(wanted)
         ids = self.tokenizer.encode_ids([text for text, _ in wanted], [hidden for _, hidden in wanted])
-        found = dict(zip(wanted, ids, strict=True))
+        found = {key: np.asarray(alone, np.int32).tobytes() for key, alone in zip(wanted, ids, strict=True)}
         for draft in drafts:
             for begin, first, text, hidden in draft.heads:
                 alone = found[text, hidden] if (text, hidden) in found else self._heads[text, hidden]
-                if not np.array_equal(alone, draft.tokens[begin:first]):
+                if alone != draft.tokens[begin:first].tobytes():
                     draft.flags = (*draft.flags, "prompt_differs")
                     break
-        for key, ids in found.items():
+        for key, alone in found.items():
             if len(key[0]) <= _SHORT_HEAD and len(self._heads) < _MAX_KEPT_HEADS:
-                self._heads[key] = ids
+                self._heads[key] = alone
 
 
 class _Draft:

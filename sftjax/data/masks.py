@@ -21,7 +21,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,7 @@ from sftjax.errors import DataError
 MAX_PREFIX_RENDERINGS = 2_000  # messages of a conversation, for templates that are rendered prefix by prefix
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Where a trained turn stands: characters [start, limit) hold it, its end-of-turn token, and what follows that."""
 
     start: int
