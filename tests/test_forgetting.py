@@ -15,7 +15,12 @@ from sftjax.errors import ConfigError
 from sftjax.score import encode_rows, score_samples
 from tests import tiny_run
 
-TEXTS = ["The capital of France is Paris. How are you today?", "def first(rows):\n    return rows[0]"]
+TEXTS = [
+    "The capital of France is Paris. How are you today?",
+    "Hello there, what is it? Yes. No. Four.",
+    "import json\nimport re\nfrom pathlib import Path",
+    "x = {'a': 1, 'b': [2, 3]}",
+]
 
 
 @pytest.fixture(scope="module")

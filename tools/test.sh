@@ -6,11 +6,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 usage() {
   cat << 'TEXT'
-Usage: bash tools/test.sh [--python 3.12] [--slow] [--nightly] [--parity] [--setup_only] [pytest's arguments ...]
+Usage: bash tools/test.sh [--python 3.12] [--slow | --slow_only | --nightly] [--parity] [--setup_only] [pytest's arguments]
 
 Makes a virtual environment, installs the project with what its tests need, and runs them. On the CPU, without torch.
   --python VERSION   that Python instead of the newest that works
   --slow             the slow tests as well (tests/slow.txt): twice the time
+  --slow_only        only those
   --nightly          all there are
   --parity           only the live comparisons with torch, transformers and peft, in an environment of their own
   --setup_only       no tests yet
@@ -18,7 +19,7 @@ Other arguments go to pytest:  bash tools/test.sh tests/data -k packing -x
 TEXT
 }
 
-python_wanted="" left=" and not slow and not nightly" parity="" setup_only="" rest=()
+python_wanted="" only="" left=" and not slow and not nightly" parity="" setup_only="" rest=()
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage && exit 0 ;;
@@ -26,6 +27,7 @@ while [ $# -gt 0 ]; do
       python_wanted=$2 && shift ;;
     --python=*) python_wanted=${1#*=} ;;
     --slow) left=" and not nightly" ;;
+    --slow_only) only="slow and " left=" and not nightly" ;;
     --nightly) left="" ;;
     --parity) parity=yes ;;
     --setup_only) setup_only=yes ;;
@@ -34,7 +36,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-select="not parity$left"
+select="${only}not parity$left"
 if [ -n "$parity" ]; then
   select="parity$left"
   # The pinned torch has the smallest build for 3.11; where there is no 3.11, any other will do.

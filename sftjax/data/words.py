@@ -42,7 +42,8 @@ class WordEncoder:
         byte_level = model["type"] == "BPE" and not any(
             model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
         )
-        plain = not any(token[key] for token in tokens for key in ("lstrip", "rstrip", "single_word"))
+        greedy = any(token[key] for token in tokens for key in ("lstrip", "rstrip", "single_word"))
+        plain = not greedy and all(token["content"] for token in tokens)
         if not byte_level or not plain or len(tokens) > _MAX_ADDED or normalizer.get("type", "NFC") != "NFC":
             return None
         try:
