@@ -22,7 +22,8 @@ import numpy as np
 from sftjax.data import formats, packing
 from sftjax.data.ledger import Ledger
 from sftjax.data.mixture import ENDLESS, Ingredient, Mixture
-from sftjax.data.stream import EncodedRow, account, encode_rows, explain_drops
+from sftjax.data.stream import account, explain_drops
+from sftjax.data.workers import EncodedRow, encode_rows
 from sftjax.data.types import RowError
 from sftjax.errors import DataError
 

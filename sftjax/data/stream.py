@@ -8,139 +8,26 @@ workers, and a position saved with two is good for none.
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from concurrent.futures import BrokenExecutor
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from sftjax.data import packing
 from sftjax.data.ledger import Ledger
-from sftjax.data.mixture import ENDLESS, Mixture
-from sftjax.data.types import RowError, Sample
+from sftjax.data.mixture import Mixture
+from sftjax.data.types import Sample
+from sftjax.data.workers import EncodedRow, read_rows
 from sftjax.errors import ConfigError, DataError
 
 REDUCTIONS = ("token", "example")
-CHUNK = 64  # rows a worker encodes at a time: one message between processes, one call into the tokenizer
-_CHUNKS_AHEAD = 4  # chunks each worker keeps ready
 _WORKER_RESTARTS = 3  # in a row, without a row in between
 _GRACE_ROWS = 1000  # the share of dropped rows is judged as if at least so many had been read
 
 log = logging.getLogger(__name__)
-
-
-class EncodedRow:
-    """What became of one row: its samples, or why there are none."""
-
-    __slots__ = ("error", "row", "samples", "source")
-
-    def __init__(self, source: int, row: int, samples: list[Sample], error: tuple[str, str] | None):
-        self.source, self.row, self.samples, self.error = source, row, samples, error
-
-
-class EncodedChunk:
-    """Rows in stream order, opaque to Grain's tree functions.
-
-    Between processes it travels as two arrays, not as two for every sample.
-    """
-
-    __slots__ = ("rows",)
-
-    def __init__(self, rows: list[EncodedRow]):
-        self.rows = rows
-
-    def __reduce__(self):
-        samples = [sample for row in self.rows for sample in row.samples]
-        rows = [(row.source, row.row, row.error, len(row.samples)) for row in self.rows]
-        about = [(len(s.tokens), s.source, s.index, s.sample, s.flags) for s in samples]
-        tokens = np.concatenate([s.tokens for s in samples]) if samples else None
-        weights = np.concatenate([s.weights for s in samples]) if samples else None
-        return _arrived, (rows, about, tokens, weights)
-
-
-def _arrived(rows: list[tuple], about: list[tuple], tokens: np.ndarray | None, weights: np.ndarray | None):
-    samples, begin = [], 0
-    for length, *place in about:
-        end = begin + length
-        samples.append(Sample(tokens[begin:end], weights[begin:end], *place))
-        begin = end
-    left = iter(samples)
-    return EncodedChunk([EncodedRow(source, row, [*islice(left, n)], error) for source, row, error, n in rows])
-
-
-class _Chunks:
-    """Grain source: element c = the encoded rows [start + c * CHUNK, ...) of the stream."""
-
-    def __init__(self, mixture: Mixture, start: int):
-        self._mixture, self._start = mixture, start
-
-    def __len__(self) -> int:
-        total = len(self._mixture)
-        return sys.maxsize if total == ENDLESS else max(0, -(-(total - self._start) // CHUNK))
-
-    def __getitem__(self, chunk: int) -> EncodedChunk:
-        first = self._start + chunk * CHUNK
-        return EncodedChunk(encode_rows(self._mixture, range(first, min(first + CHUNK, len(self._mixture)))))
-
-    def __repr__(self) -> str:
-        return f"rows from {self._start}"
-
-
-def encode_rows(mixture: Mixture, places: range | list[int]) -> list[EncodedRow]:
-    """Encodes the rows at some places of the stream, in that order."""
-    out: list[EncodedRow | None] = [None] * len(places)
-    by_source: dict[int, list[tuple[int, int, dict]]] = {}
-    for i, place in enumerate(places):
-        _, source, row = mixture.locate(place)
-        try:
-            by_source.setdefault(source, []).append((i, row, mixture.ingredients[source].source[row]))
-        except RowError as error:
-            out[i] = EncodedRow(source, row, [], (error.reason, error.detail))
-    for source, rows in by_source.items():
-        encoded = _encode(mixture.ingredients[source].encode, [r[2] for r in rows], [r[1] for r in rows], source)
-        for (i, row, _), result in zip(rows, encoded, strict=True):
-            failed = isinstance(result, RowError)
-            error = (result.reason, result.detail) if failed else None
-            out[i] = EncodedRow(source, row, [] if failed else result, error)
-    return out
-
-
-def _encode(encode: Any, records: list[dict], rows: list[int], source: int) -> list[list[Sample] | RowError]:
-    if hasattr(encode, "encode_batch"):
-        return encode.encode_batch(records, rows, source)
-    results: list[list[Sample] | RowError] = []
-    for record, row in zip(records, rows, strict=True):
-        try:
-            results.append(encode(record, row, source))
-        except RowError as error:
-            results.append(error)
-    return results
-
-
-def _start_worker(index: int, count: int) -> None:
-    """In a worker: leave interrupts to the parent, one thread for the tokenizer, and don't outlive the parent."""
-    del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _die_with(parent: int) -> None:
-    """Ends this process soon after its parent has ended (a killed parent can't tell its workers to stop).
-
-    Not PR_SET_PDEATHSIG: that fires when the *thread* that started the worker ends.
-    """
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 class SampleStream(grain.IterDataset):
@@ -199,8 +86,7 @@ class SampleIterator(grain.DatasetIterator):
         self._before: dict[str, Any] | None = None  # the ledger as it was before row `_row`
         self._carry_before = 0
         self._since_sample = 0
-        self._rows: Iterator[EncodedRow] | None = None
-        self._workers: grain.DatasetIterator | None = None
+        self._rows: Generator[EncodedRow, None, None] | None = None
 
     def __next__(self) -> dict[str, Any]:
         while self._pieces is None or self._piece >= len(self._pieces):
@@ -227,9 +113,9 @@ class SampleIterator(grain.DatasetIterator):
 
     def close(self) -> None:
         """Stops the workers."""
-        if self._workers is not None:
-            self._workers.close()
-        self._workers = self._rows = None
+        if self._rows is not None:
+            self._rows.close()
+        self._rows = None
 
     def _read_row(self) -> None:
         """Reads row `_row`; one without pieces is passed over."""
@@ -250,11 +136,9 @@ class SampleIterator(grain.DatasetIterator):
         for attempt in range(_WORKER_RESTARTS + 1):
             try:
                 if self._rows is None:
-                    self._rows = self._open(self._row)
+                    self._rows = read_rows(self._stream.mixture, self._row, self._stream.workers)
                 return next(self._rows)
-            except RuntimeError as error:
-                if "terminated unexpectedly" not in str(error):
-                    raise
+            except BrokenExecutor as error:
                 self.close()
                 if attempt == _WORKER_RESTARTS:
                     raise DataError(
@@ -263,17 +147,6 @@ class SampleIterator(grain.DatasetIterator):
                     ) from error
                 log.warning("a data worker process died; starting again at row %d of the stream", self._row)
         raise AssertionError("unreachable")
-
-    def _open(self, row: int) -> Iterator[EncodedRow]:
-        chunks = grain.MapDataset.source(_Chunks(self._stream.mixture, row))
-        dataset = chunks.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        if self._stream.workers:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain hands its flags on to the workers
-            options = grain.MultiprocessingOptions(self._stream.workers, per_worker_buffer_size=_CHUNKS_AHEAD)
-            dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
-        self._workers = iter(dataset)
-        return (row for chunk in self._workers for row in chunk.rows)
 
     def _judge_losses(self) -> None:
         read, empty = self.ledger.total("rows"), self.ledger.total("empty_rows")
