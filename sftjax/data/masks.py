@@ -240,18 +240,21 @@ def mask(tokenizer: Tokenizer, rendered: Rendered, encoded: Encoded) -> Masked:
     work into independent stretches, so the prompt alone is tokenised alike if this stretch alone is.
     """
     weights = np.zeros(len(encoded.ids), np.float32)
-    stops = np.flatnonzero(tokenizer.is_turn_end[encoded.ids]).tolist()
-    controls = np.flatnonzero(tokenizer.is_control[encoded.ids]).tolist()
-    firsts = first_tokens(encoded, [span.start for span in rendered.spans]).tolist()
+    stops = np.flatnonzero(tokenizer.is_turn_end[encoded.ids])
+    controls = np.flatnonzero(tokenizer.is_control[encoded.ids])
+    firsts = first_tokens(encoded, [span.start for span in rendered.spans])
+    begins = encoded.starts[firsts[firsts < len(encoded.ids)]].tolist()  # behind the last token: an error below
+    stop_ends, control_starts = encoded.ends[stops].tolist(), encoded.starts[controls].tolist()
+    firsts, stops, controls = firsts.tolist(), stops.tolist(), controls.tolist()
     straddle, heads = False, []
-    for span, first in zip(rendered.spans, firsts, strict=True):
+    for i, (span, first) in enumerate(zip(rendered.spans, firsts, strict=True)):
         end, last = bisect_left(stops, first), bisect_left(controls, first) - 1
-        if end == len(stops) or encoded.ends[stops[end]] > span.limit:
+        if end == len(stops) or stop_ends[end] > span.limit:
             around = rendered.text[max(span.limit - 40, span.start) : span.limit]
             raise RowError("no_end_of_turn", f"no end-of-turn token behind an answer (its text ends {around!r})")
         weights[first : stops[end] + 1] = span.weight
-        straddle |= bool(encoded.starts[first] < span.start)
-        begin, at = (controls[last], int(encoded.starts[controls[last]])) if last >= 0 else (0, 0)
+        straddle |= begins[i] < span.start
+        begin, at = (controls[last], control_starts[last]) if last >= 0 else (0, 0)
         heads.append((begin, first, rendered.text[at : span.start], rendered.hidden[at : span.start]))
     flags = (*rendered.flags, *(("straddle",) if straddle else ()))
     return Masked(weights, flags, tuple(heads))

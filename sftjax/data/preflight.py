@@ -23,8 +23,8 @@ from sftjax.data import formats, packing
 from sftjax.data.ledger import Ledger
 from sftjax.data.mixture import ENDLESS, Ingredient, Mixture
 from sftjax.data.stream import account, explain_drops
-from sftjax.data.workers import EncodedRow, encode_rows
 from sftjax.data.types import RowError
+from sftjax.data.workers import EncodedRow, encode_rows
 from sftjax.errors import DataError
 
 COVERAGE = 0.95  # share of samples that `max_length` should hold

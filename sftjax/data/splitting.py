@@ -31,9 +31,9 @@ class Unsupported(ValueError):
 
 
 def compile_words(pre_tokenizer: dict[str, Any] | None) -> re.Pattern[str]:
-    """The pattern of a tokenizer.json's `pre_tokenizer`: each match is a word or a barrier.
+    """The pattern of a tokenizer.json's `pre_tokenizer`: each match is a word or a barrier, or empty.
 
-    A text is cut alike by both if the matches add up to it, and `covers` it.
+    A text that it `covers` is cut alike by both if no match is empty: that one stands where no word begins.
 
     Raises:
       Unsupported: steps of a kind that this doesn't know.
@@ -50,7 +50,7 @@ def compile_words(pre_tokenizer: dict[str, Any] | None) -> re.Pattern[str]:
                 raise Unsupported(f"a first step other than a class of characters: {pattern!r}")
             parted = parted | parts[0]
     # No two of them can begin at the same character, so the order is free: what is found most often comes first.
-    return re.compile("|".join([*alternatives[::-1], f"[{BARRIERS}]"]))
+    return re.compile("|".join([*alternatives[::-1], f"[{BARRIERS}]", r"(?!\Z)"]))
 
 
 def covers(text: str) -> bool:

@@ -81,12 +81,16 @@ class WordEncoder:
         joined = _END.join(texts) + _END
         for pattern, names in self._passes:
             joined = pattern.sub(lambda match, names=names: names[match[0]], joined)
-        words = self._words.findall(joined)
-        if len("".join(words)) != len(joined):  # a character that no class knows
+        try:
+            flat = np.frombuffer(b"".join(map(self._ids.__getitem__, self._words.findall(joined))), np.int32)
+        except _NoWord:
             return [None] if len(texts) == 1 else [ids for text in texts for ids in self._encode([text])]
-        flat = np.frombuffer(b"".join(map(self._ids.__getitem__, words)), np.int32)
         ends = np.flatnonzero(flat == _END_ID).tolist()
         return [flat[begin:end] for begin, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
+
+
+class _NoWord(Exception):
+    """There is a character that belongs to no word."""
 
 
 class _Words(dict[str, bytes]):
@@ -101,6 +105,8 @@ class _Words(dict[str, bytes]):
         return _Words, (self._backend, dict(self))
 
     def __missing__(self, word: str) -> bytes:
+        if not word:
+            raise _NoWord
         ((spelled, _),) = self._to_bytes.pre_tokenize_str(word)
         ids = np.array([token.id for token in self._model.tokenize(spelled)], np.int32).tobytes()
         if len(self) < _MAX_WORDS and len(word) <= _LONG_WORD:

@@ -58,16 +58,22 @@ def read_rows(mixture: Mixture, start: int, workers: int) -> Generator[EncodedRo
             yield from encode_rows(mixture, places)
         return
     located = ([mixture.locate(place)[1:] for place in places] for places in chunks)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (_parts_of(mixture),))
+    context = multiprocessing.get_context("spawn")
+    parts = context.Queue()  # whose thread hands them over: as arguments they would have one process wait for another
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (parts,))
     try:
         with _interrupts_held():  # what a process holds back, those that it starts do as well
             ahead = deque(pool.submit(_work, rows) for rows in islice(located, workers * _CHUNKS_AHEAD))
+        for _ in range(workers):
+            parts.put(_parts_of(mixture))
         while ahead:
             chunk = ahead.popleft().result()
             ahead.extend(pool.submit(_work, rows) for rows in islice(located, 1))
             yield from _unpacked(*chunk)
     finally:
         pool.shutdown(cancel_futures=True)
+        parts.close()
+        parts.cancel_join_thread()  # what a worker that was killed didn't fetch
 
 
 def encode_rows(mixture: Mixture, places: Sequence[int]) -> list[EncodedRow]:
@@ -112,13 +118,13 @@ def _encode_records(encode: Any, records: list[dict], rows: list[int], source: i
 # --- in a worker -----------------------------------------------------------------------------------------------------
 
 
-def _start_worker(parts: Sequence[tuple[Any, Any]]) -> None:
+def _start_worker(parts: multiprocessing.Queue[Sequence[tuple[Any, Any]]]) -> None:
     """In a worker: leave interrupts to the parent, one thread for the tokenizer, and don't outlive the parent."""
     global _parts
-    _parts = parts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    _parts = parts.get()
 
 
 def _die_with(parent: int) -> None:
