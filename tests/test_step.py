@@ -47,25 +47,10 @@ def samples(count=8, seed=0):
 
 def batch_of(rows, accumulation):
     """Rows of samples to `[A, B, L]`: each inner list is one packed row."""
-    arrays = []
-    for row in rows:
-        elements = [packing.to_element(sample)["data"] for sample in row]
-        data = np.concatenate(elements)
-        segments = np.concatenate([np.full(len(e), n, np.int32) for n, e in enumerate(elements, 1)])
-        positions = np.concatenate([np.arange(len(e), dtype=np.int32) for e in elements])
-        arrays.append({"data": data, "data_segment_ids": segments, "data_positions": positions})
-    blank = {key: [] for key in ("tokens", "targets", "weights", "segment_ids", "positions")}
-    for row in arrays:
-        pad = LENGTH - len(row["data"])
-        tail = row["data_segment_ids"].max() + 1
-        blank["tokens"].append(np.pad(row["data"]["token"], (0, pad)))
-        blank["targets"].append(np.pad(row["data"]["target"], (0, pad)))
-        blank["weights"].append(np.pad(row["data"]["weight"], (0, pad)))
-        blank["segment_ids"].append(np.pad(row["data_segment_ids"], (0, pad), constant_values=tail))
-        blank["positions"].append(np.concatenate([row["data_positions"], np.arange(pad, dtype=np.int32)]))
-    return {
-        key: np.stack(value).reshape(accumulation, len(rows) // accumulation, LENGTH) for key, value in blank.items()
-    }
+    elements = [[packing.Element(sample) for sample in row] for row in rows]
+    arrays = packing.assemble(elements, len(rows), (LENGTH,), pad_id=0)
+    del arrays["source_ids"]
+    return {key: value.reshape(accumulation, len(rows) // accumulation, LENGTH) for key, value in arrays.items()}
 
 
 @functools.cache

@@ -16,6 +16,8 @@ import numpy as np
 import orjson
 
 from sftjax.curate import balance, report
+from sftjax.data import packing
+from sftjax.data.bins import lay_out
 from sftjax.data.ledger import trained_tokens
 from sftjax.data.preview import Row, visible
 from sftjax.data.tokenizer import Tokenizer
@@ -120,8 +122,6 @@ def packed(samples: Sequence[Sample], max_length: int) -> dict[str, Any]:
     Raises:
       ConfigError: a length that rows can't have.
     """
-    from sftjax.data import packing  # which brings Grain and jax along: only where something is packed
-
     # as many segments as a configuration has by default
     shape = packing.row_shape("best_fit", length=max_length, batch_size=1, max_segments=64)
     segments = [
@@ -130,8 +130,8 @@ def packed(samples: Sequence[Sample], max_length: int) -> dict[str, Any]:
         for piece in packing.fit_to_length(sample, max_length, "truncate").pieces
     ]
     lengths = [one["tokens"] for one in segments]
-    laid_out = packing.lay_out(lengths, "best_fit", shape, bins=packing.default_bins(max_length))
-    rows = [[segments[place] for place in row] for row in laid_out]
+    bins = packing.open_bins("best_fit", shape, packing.default_bins(max_length))
+    rows = [[segments[place] for place in row] for row in lay_out(lengths, bins)]
     used = sum(segment["tokens"] for row in rows for segment in row)
     return {
         "rows": [

@@ -1,7 +1,7 @@
-"""From samples to rows of fixed length.
+"""From samples to rows of fixed length: what fits, which rows there are, and the arrays of a batch.
 
-The packing itself is Grain's (first-fit and best-fit into a number of open bins that has nothing to do with the batch
-size); this module turns samples into what Grain packs and bins into the arrays of a batch.
+Which row a sample goes to is `bins`' business: first-fit or best-fit into a number of open bins that has nothing to do
+with the batch size.
 
 Two samples, `a b c` and `d e`, in a row of length 8 (weights: every token but the first of each is trained):
 
@@ -19,22 +19,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import grain
 import numpy as np
-from grain import experimental as grain_experimental
 
+from sftjax.data.bins import STRATEGIES, Bins, lay_out
 from sftjax.data.ledger import trained_tokens
 from sftjax.data.types import Sample
 from sftjax.errors import ConfigError
 
-STRATEGIES = ("best_fit", "first_fit", "none", "padding_free")
 OVERLONG = ("drop", "truncate", "split", "error")
 LENGTH_MULTIPLE = 128
 
-# One element per token: one array to pack instead of three.
-TOKEN = np.dtype([("token", np.int32), ("target", np.int32), ("weight", np.float32)])
+
+class Element:
+    """What is packed: a sample, the factor on its weights, and its share of its row (of the file)."""
+
+    __slots__ = ("loss_weight", "sample", "share")
+
+    def __init__(self, sample: Sample, *, loss_weight: float = 1.0, share: float = 0.0):
+        self.sample, self.loss_weight, self.share = sample, loss_weight, share
+
+    def __len__(self) -> int:
+        return len(self.sample.tokens)
+
+    @property
+    def example(self) -> tuple[int, int, int]:
+        """(source, row, sample)"""
+        return self.sample.source, self.sample.index, self.sample.sample
 
 
 @dataclass(frozen=True)
@@ -110,17 +121,6 @@ def _split(sample: Sample, trained: int, length: int) -> Fit:
         else:
             lost += len(piece.tokens)  # with nothing to learn it would only cost time
     return Fit(tuple(pieces), trained, lost_tokens=lost, repeated=len(starts) - 1)
-
-
-def to_element(sample: Sample, *, loss_weight: float = 1.0, share: float = 0.0) -> dict[str, Any]:
-    """What Grain packs: `data` TOKEN [n], and `example` = (source, row, sample, share of its row)."""
-    data = np.zeros(len(sample.tokens), TOKEN)
-    data["token"] = sample.tokens
-    data["target"][:-1] = sample.tokens[1:]
-    data["weight"][:-1] = sample.weights[1:]
-    if loss_weight != 1.0:
-        data["weight"] *= np.float32(loss_weight)
-    return {"data": data, "example": (sample.source, sample.index, sample.sample, share)}
 
 
 @dataclass(frozen=True)
@@ -204,84 +204,57 @@ def default_bins(length: int) -> int:
     return max(64, min(256, 2**19 // length))
 
 
-def pack(
-    elements: grain.IterDataset, strategy: str, shape: Shape, *, bins: int, shuffle: bool = False, seed: int = 0
-) -> grain.IterDataset:
-    """Packs elements of `to_element` into rows; "none" and "padding_free" are one open bin, so the order stays.
-
-    Args:
-      elements: gives {"data", "example"}.
-      strategy: one of STRATEGIES.
-      shape: from `row_shape`.
-      bins: open bins of first-fit and best-fit; more pack tighter and mix over a longer stretch of the data.
-      shuffle: shuffle the rows of each set of bins (their fill depends on the order).
-      seed: for that shuffle.
-    """
-    binned = strategy in ("first_fit", "best_fit")
-    packer = (
-        grain_experimental.BestFitPackIterDataset
-        if strategy == "best_fit"
-        else grain_experimental.FirstFitPackIterDataset
-    )
-    return packer(
-        elements,
-        length_struct={"data": shape.lengths[-1]},
-        num_packing_bins=bins if binned else 1,
-        meta_features=["example"],
-        max_sequences_per_bin=shape.max_examples,
-        shuffle_bins=shuffle and binned,
-        seed=seed,
-    )
-
-
-def assemble(rows: Sequence[dict[str, Any]], count: int, lengths: Sequence[int], pad_id: int) -> dict[str, np.ndarray]:
+def assemble(
+    rows: Sequence[Sequence[Element]], count: int, lengths: Sequence[int], pad_id: int
+) -> dict[str, np.ndarray]:
     """Lays packed rows out as arrays [count, L]; rows that are missing are all padding.
 
     Args:
-      rows: up to `count` rows from `pack`.
+      rows: up to `count` rows.
       count: rows of the result (A * B).
       lengths: static lengths; the smallest that holds every row is taken.
       pad_id: id that stands in the padding (it has weight 0; its value doesn't matter).
     """
-    used = np.array([np.count_nonzero(row["data_segment_ids"]) for row in rows] + [0] * (count - len(rows)))
-    length = next(size for size in lengths if size >= used.max())
-    data = np.zeros((count, length), TOKEN)
-    segments = np.zeros((count, length), np.int32)
-    positions = np.zeros((count, length), np.int32)
-    sources = np.full((count, length), -1, np.int32)
-    for i, row in enumerate(rows):
-        data[i] = row["data"][:length]
-        segments[i] = row["data_segment_ids"][:length]
-        positions[i] = row["data_positions"][:length]
-        sources[i] = np.array([-1, *(example[0] for example in row["example"])], np.int32)[segments[i]]
+    used = [sum(map(len, row)) for row in rows]
+    length = next(size for size in lengths if size >= max(used, default=0))
     column = np.arange(length, dtype=np.int32)
-    padding = column >= used[:, None]
-    segments = np.where(padding, segments.max(axis=1, keepdims=True) + 1, segments).astype(np.int32)
-    positions = np.where(padding, column - used[:, None], positions).astype(np.int32)
-    tokens = np.where(padding, np.int32(pad_id), data["token"])
+    tokens = np.full((count, length), pad_id, np.int32)
+    targets = np.full((count, length), pad_id, np.int32)
+    weights = np.zeros((count, length), np.float32)
+    segments = np.ones((count, length), np.int32)
+    positions = np.tile(column, (count, 1))
+    sources = np.full((count, length), -1, np.int32)
+    for i, (row, end) in enumerate(zip(rows, used, strict=True)):
+        sizes = np.array([*map(len, row), length - end])  # of the segments, the padding tail among them
+        ends = np.cumsum(sizes)
+        tokens[i, :end] = np.concatenate([element.sample.tokens for element in row])
+        targets[i, : end - 1] = tokens[i, 1:end]
+        weights[i, : end - 1] = np.concatenate([element.sample.weights for element in row])[1:]
+        targets[i, ends[:-1] - 1] = weights[i, ends[:-1] - 1] = 0
+        if any(element.loss_weight != 1.0 for element in row):
+            weights[i] *= np.repeat(np.array([*(e.loss_weight for e in row), 1.0], np.float32), sizes)
+        segments[i] = np.repeat(np.arange(1, len(row) + 2, dtype=np.int32), sizes)
+        positions[i] -= np.repeat((ends - sizes).astype(np.int32), sizes)
+        sources[i] = np.repeat(np.array([*(e.sample.source for e in row), -1], np.int32), sizes)
     return {
         "tokens": tokens,
-        "targets": np.where(padding, np.int32(pad_id), data["target"]),
-        "weights": np.ascontiguousarray(data["weight"]),
+        "targets": targets,
+        "weights": weights,
         "segment_ids": segments,
         "positions": positions,
         "source_ids": sources,
     }
 
 
-def simulate(lengths: Sequence[int], strategy: str, shape: Shape, *, bins: int) -> np.ndarray:
+def open_bins(strategy: str, shape: Shape, count: int) -> Bins:
+    """The bins of a strategy for rows of this shape; more of them pack tighter and mix over more of the data."""
+    return Bins(strategy, count=count, capacity=shape.lengths[-1], most=shape.max_examples)
+
+
+def simulate(lengths: Sequence[int], bins: Bins) -> np.ndarray:
     """Real tokens of each packed row if samples of these lengths came in this order."""
-    rows = lay_out(lengths, strategy, shape, bins=bins)
+    rows = lay_out(lengths, bins)
     return np.array([sum(lengths[number] for number in row) for row in rows], np.int64)
-
-
-def lay_out(lengths: Sequence[int], strategy: str, shape: Shape, *, bins: int) -> list[list[int]]:
-    """Which of the samples of these lengths each packed row would hold: the packer without the data."""
-    elements = [{"data": np.zeros(n, np.uint8), "example": number} for number, n in enumerate(lengths)]
-    if not elements:
-        return []
-    stream = grain.MapDataset.source(elements).to_iter_dataset(grain.ReadOptions(num_threads=0))
-    return [[int(number) for number in row["example"]] for row in pack(stream, strategy, shape, bins=bins)]
 
 
 def slots(row_tokens: np.ndarray, shape: Shape, accumulation: int) -> np.ndarray:

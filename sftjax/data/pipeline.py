@@ -26,7 +26,7 @@ import numpy as np
 
 from sftjax.data import packing
 from sftjax.data.mixture import Mixture
-from sftjax.data.stream import SampleIterator, SampleStream
+from sftjax.data.stream import PackedRows, SampleIterator, SampleStream
 from sftjax.errors import ConfigError
 
 _POSITION_VERSION = 1
@@ -94,7 +94,7 @@ def build(
         tokens // length.
       accumulation: micro-batches per step (A).
       packing_strategy, max_segments, static_lengths, flat_rows, fill: see `packing.row_shape`.
-      packing_bins: see `packing.pack`; None = `packing.default_bins(length)`.
+      packing_bins: open bins, see `packing.open_bins`; None = `packing.default_bins(length)`.
       overlong: see `packing.fit_to_length`.
       reduction: what counts alike in the loss, each "token" or each "example"; see `stream.SampleStream`.
       max_dropped: DataError once more than this share of rows gave no sample.
@@ -116,7 +116,7 @@ def build(
         flat_rows=flat_rows,
         fill=fill,
     )
-    bins = packing_bins or packing.default_bins(length)
+    packing_bins = packing_bins or packing.default_bins(length)
     if accumulation < 1:
         raise ConfigError(f"accumulation={accumulation} must be at least 1")
     kept = tuple(range(shape.rows)) if rows is None else tuple(int(row) for row in rows)
@@ -131,14 +131,15 @@ def build(
         **rows_made,
         "accumulation": accumulation,
         "packing": packing_strategy,
-        "packing_bins": bins,
+        "packing_bins": packing_bins,
         "overlong": overlong,
         "reduction": reduction,
     }
     stream = SampleStream(
         mixture, length=length, overlong=overlong, reduction=reduction, workers=workers, max_dropped=max_dropped
     )
-    packed = packing.pack(stream, packing_strategy, shape, bins=bins, shuffle=mixture.shuffle, seed=mixture.seed)
+    bins = packing.open_bins(packing_strategy, shape, packing_bins)
+    packed = PackedRows(stream, bins, shuffle=mixture.shuffle, seed=mixture.seed)
     batches = _Batches(stream, packed, shape, accumulation, kept, pad_id, settings, position)
     return Pipeline(batches, shape, prefetch)
 
@@ -180,7 +181,7 @@ class _Batches:
         if not rows:
             raise StopIteration
         self._batches += 1
-        self._rows_done += sum(example[3] for row in rows for example in row["example"])
+        self._rows_done += sum(element.share for row in rows for element in row)
         if len(rows) < count:
             self._rows_done = float(len(self._mixture))  # the end, past any dropped rows at the end of the file
         arrays = packing.assemble(rows, count, self._shape.lengths, self._pad_id)
@@ -200,10 +201,10 @@ class _Batches:
             "rows_done": self._rows_done,
         }
 
-    def _info(self, arrays: dict[str, np.ndarray], rows: list[dict[str, Any]]) -> BatchInfo:
+    def _info(self, arrays: dict[str, np.ndarray], rows: list[list[packing.Element]]) -> BatchInfo:
         names = self._mixture.names
-        padded = rows + [{"example": ()}] * (self._accumulation * self._shape.rows - len(rows))
-        flat = [[example[:3] for example in row["example"]] for row in padded]
+        flat = [[element.example for element in row] for row in rows]
+        flat += [[] for _ in range(self._accumulation * self._shape.rows - len(rows))]
         per_row = self._shape.rows
         examples = [flat[a * per_row : (a + 1) * per_row] for a in range(self._accumulation)]
         source, trained = arrays["source_ids"], arrays["weights"] != 0

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from sftjax.data import formats, packing
+from sftjax.data.bins import Bins
 from sftjax.data.ledger import Ledger
 from sftjax.data.mixture import ENDLESS, Ingredient, Mixture
 from sftjax.data.stream import account, explain_drops
@@ -211,9 +212,9 @@ def run(
         flat_rows=flat_rows,
         fill=fill,
     )
-    bins = packing_bins or packing.default_bins(length)
+    bins = packing.open_bins(packing_strategy, shape, packing_bins or packing.default_bins(length))
     survey = Survey(mixture, tokenizer, length, overlong, max_dropped)
-    survey.geometry = Geometry(packing_strategy, shape, bins, accumulation)
+    survey.geometry = Geometry(shape, bins, accumulation)
     survey.read(survey.choose_places(sample_rows))
     return survey.report(steps=max_steps or None)
 
@@ -222,14 +223,13 @@ def run(
 class Geometry:
     """How rows become steps."""
 
-    strategy: str
     shape: packing.Shape
-    bins: int
+    bins: Bins
     accumulation: int
 
     def pack(self, lengths: Sequence[int]) -> tuple[int, int, int]:
         """(steps, real tokens, token slots) for samples of these lengths."""
-        rows = packing.simulate(lengths, self.strategy, self.shape, bins=self.bins)
+        rows = packing.simulate(lengths, self.bins)
         slots = packing.slots(rows, self.shape, self.accumulation)
         return len(slots), int(rows.sum()), int(slots.sum())
 

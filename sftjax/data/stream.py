@@ -1,4 +1,4 @@
-"""Samples in stream order, with worker processes and an exact position.
+"""Samples in stream order and rows of them, with worker processes and an exact position.
 
 Worker processes only turn rows into lists of samples (1:1). Everything that depends on what came before (dropping,
 over-length, packing, batching) happens in the process that asked, so the sequence is the same with any number of
@@ -8,7 +8,7 @@ workers, and a position saved with two is good for none.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ import grain
 import numpy as np
 
 from sftjax.data import packing
+from sftjax.data.bins import Bins
 from sftjax.data.ledger import Ledger
 from sftjax.data.mixture import Mixture
 from sftjax.data.types import Sample
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class SampleStream(grain.IterDataset):
-    """Elements for the packer (`packing.to_element`), in stream order."""
+    """Elements for the packer (`packing.Element`), in stream order."""
 
     def __init__(
         self,
@@ -84,17 +85,18 @@ class SampleIterator(grain.DatasetIterator):
         self._row, self._piece, self._carry = 0, 0, 0
         self._pieces: list[Sample] | None = None  # of row `_row`
         self._before: dict[str, Any] | None = None  # the ledger as it was before row `_row`
+        self._snapshot: dict[str, Any] | None = None  # the ledger as it is; None: not taken since the last change
         self._carry_before = 0
         self._since_sample = 0
         self._rows: Generator[EncodedRow, None, None] | None = None
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> packing.Element:
         while self._pieces is None or self._piece >= len(self._pieces):
             self._read_row()
         piece = self._pieces[self._piece]
         share = 1 / len(self._pieces) + (self._carry if self._piece == 0 else 0)
         loss_weight = self._stream.mixture.ingredients[piece.source].loss_weight
-        element = packing.to_element(piece, loss_weight=loss_weight, share=share)
+        element = packing.Element(piece, loss_weight=loss_weight, share=share)
         self._piece += 1
         if self._piece == len(self._pieces):
             self._row, self._piece, self._pieces, self._carry = self._row + 1, 0, None, 0
@@ -102,13 +104,13 @@ class SampleIterator(grain.DatasetIterator):
 
     def get_state(self) -> dict[str, Any]:
         if self._pieces is None:
-            return {"row": self._row, "piece": 0, "carry": self._carry, "ledger": self.ledger.snapshot()}
+            return {"row": self._row, "piece": 0, "carry": self._carry, "ledger": self._ledger_now()}
         return {"row": self._row, "piece": self._piece, "carry": self._carry_before, "ledger": self._before}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.close()
         self._row, self._piece, self._carry = state["row"], state["piece"], state["carry"]
-        self._pieces = None
+        self._pieces = self._snapshot = None
         self.ledger.restore(state["ledger"])
 
     def close(self) -> None:
@@ -119,8 +121,9 @@ class SampleIterator(grain.DatasetIterator):
 
     def _read_row(self) -> None:
         """Reads row `_row`; one without pieces is passed over."""
-        self._before, self._carry_before = self.ledger.snapshot(), self._carry
+        self._before, self._carry_before = self._ledger_now(), self._carry
         row = self._next_row()
+        self._snapshot = None
         pieces = account(self.ledger, row, self._stream.length, self._stream.overlong, self._stream.mixture.location)
         if self._stream.reduction == "example":
             pieces = count_alike(pieces, self._stream.mixture.location)
@@ -130,6 +133,11 @@ class SampleIterator(grain.DatasetIterator):
         self._row, self._piece, self._carry = self._row + 1, 0, self._carry + 1
         self._since_sample += 1
         self._judge_losses()
+
+    def _ledger_now(self) -> dict[str, Any]:
+        if self._snapshot is None:
+            self._snapshot = self.ledger.snapshot()
+        return self._snapshot
 
     def _next_row(self) -> EncodedRow:
         """The next row; workers that were killed are started again at the same place."""
@@ -158,6 +166,73 @@ class SampleIterator(grain.DatasetIterator):
                 f"allows: "
                 f"{explain_drops(self.ledger)}; mend the rows, or raise the limit"
             )
+
+
+class PackedRows(grain.IterDataset):
+    """Rows of samples: lists of the parent's elements.
+
+    Args:
+      parent: gives elements that have a length.
+      bins: the bins.
+      shuffle: shuffle the rows of each set of bins (their fill depends on the order).
+      seed: for that shuffle.
+    """
+
+    def __init__(self, parent: grain.IterDataset, bins: Bins, *, shuffle: bool = False, seed: int = 0):
+        super().__init__(parent)
+        self.bins, self.shuffle, self.seed = bins, shuffle, seed
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedRows(iter(self._parent), self)
+
+
+class _PackedRows(grain.DatasetIterator):
+    """Iterator with state {"parent", "next_row", "counter"}: the parent's before the set of bins, rows of it given, and
+    rows given in all."""
+
+    def __init__(self, parent: grain.DatasetIterator, dataset: PackedRows):
+        super().__init__(parent)
+        self._dataset = dataset
+        self._start(parent.get_state(), 0, 0)
+
+    def _start(self, state: dict[str, Any], next_row: int, counter: int) -> None:
+        self._state, self._next_row, self._counter = state, next_row, counter
+        self._rows: Sequence[list] = ()
+        self._state_behind: dict[str, Any] | None = None  # the parent's behind the set of bins
+        self._waiting: Any = None  # the element there, already read
+
+    def __next__(self) -> list:
+        if not self._rows:
+            self._rows = self._pack()
+        row = self._rows[self._next_row]
+        self._next_row, self._counter = self._next_row + 1, self._counter + 1
+        if self._next_row == len(self._rows):
+            self._state, self._rows, self._next_row = self._state_behind, (), 0
+        return row
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._state, "next_row": self._next_row, "counter": self._counter}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._start(state["parent"], state["next_row"], state["counter"])
+
+    def _pack(self) -> list[list]:
+        """The rows of the next set of bins; StopIteration at the end."""
+        bins = self._dataset.bins
+        bins.open()
+        rows: list[list] = [[] for _ in range(bins.count)]
+        element = next(self._parent) if self._waiting is None else self._waiting
+        while element is not None and (place := bins.place(len(element))) is not None:
+            rows[place].append(element)
+            self._state_behind = self._parent.get_state()
+            element = next(self._parent, None)
+        self._waiting = element
+        rows = [row for row in rows if row]
+        if self._dataset.shuffle:
+            seed = self._dataset.seed + self._counter - self._next_row
+            rows = [rows[i] for i in np.random.default_rng(seed).permuted(range(len(rows)))]
+        return rows
 
 
 def account(ledger: Ledger, row: EncodedRow, length: int, overlong: str, location: Any) -> list[Sample]:

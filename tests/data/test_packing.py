@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import grain
 import numpy as np
 import pytest
+from grain import experimental
 
 from sftjax.data import packing
+from sftjax.data.bins import Bins, lay_out
 from sftjax.data.ledger import Ledger
 from sftjax.data.mixture import Mixture
 from sftjax.data.packing import fit_to_length
 from sftjax.data.pipeline import build
+from sftjax.data.stream import PackedRows
 from sftjax.data.types import Sample
 from sftjax.errors import ConfigError, DataError
 from tests.data.pipe_toys import lognormal_rows, toy
@@ -24,12 +28,11 @@ def sample(tokens, weights, **more):
 def test_a_row_as_drawn():
     shape = packing.Shape(rows=1, lengths=(8,), max_examples=3)
     elements = [
-        packing.to_element(sample([a, b, c], [0, 1, 1])),
-        packing.to_element(sample([d, e], [0, 0.5], source=2, index=7), loss_weight=2.0),
+        packing.Element(sample([a, b, c], [0, 1, 1])),
+        packing.Element(sample([d, e], [0, 0.5], source=2, index=7), loss_weight=2.0),
     ]
-    rows = list(packing.pack(_dataset(elements), "first_fit", shape, bins=2))
-    assert [row["example"] for row in rows] == [[(0, 0, 0, 0.0), (2, 7, 0, 0.0)]]
-    arrays = packing.assemble(rows, 2, shape.lengths, pad_id=9)
+    assert list(lay_out(map(len, elements), packing.open_bins("first_fit", shape, 2))) == [[0, 1]]
+    arrays = packing.assemble([elements], 2, shape.lengths, pad_id=9)
     drawn = {
         "tokens": [a, b, c, d, e, 9, 9, 9],
         "targets": [b, c, 0, e, 0, 9, 9, 9],
@@ -230,7 +233,36 @@ def test_settings_that_cannot_work(options, message):
         build(Mixture([toy([{"n": 5}])]), **{"length": 128, "batch_size": 4, **options})
 
 
-def _dataset(elements):
-    import grain
+@pytest.mark.parametrize("strategy", ["best_fit", "first_fit"])
+@pytest.mark.parametrize("bins, capacity, most", [(1, 64, 5), (7, 100, 3), (64, 256, 4), (100, 1000, 64)])
+def test_rows_are_those_of_grains_packers(strategy, bins, capacity, most):
+    lengths = [min(row["n"], capacity) for row in lognormal_rows(1500, mean=capacity / 5, seed=bins)]
+    packer = {"best_fit": experimental.BestFitPackIterDataset, "first_fit": experimental.FirstFitPackIterDataset}
+    elements = [{"data": np.zeros(n, np.uint8), "example": number} for number, n in enumerate(lengths)]
+    for shuffle in (False, True):
+        reference = packer[strategy](
+            _dataset(elements),
+            length_struct={"data": capacity},
+            num_packing_bins=bins,
+            meta_features=["example"],
+            max_sequences_per_bin=most,
+            shuffle_bins=shuffle,
+            seed=5,
+        )
+        expected = [[int(number) for number in row["example"]] for row in reference]
+        ours = Bins(strategy, count=bins, capacity=capacity, most=most)
+        rows = PackedRows(
+            _dataset([range(number, number + n) for number, n in enumerate(lengths)]), ours, shuffle=shuffle, seed=5
+        )
+        assert [[element[0] for element in row] for row in rows] == expected
+        if not shuffle:
+            assert list(lay_out(lengths, ours)) == expected
 
+
+def test_a_sample_that_fits_into_no_empty_bin():
+    with pytest.raises(ValueError, match="a sample of 9 tokens for bins of 8"):
+        Bins("best_fit", count=2, capacity=8, most=3).place(9)
+
+
+def _dataset(elements):
     return grain.MapDataset.source(elements).to_iter_dataset(grain.ReadOptions(num_threads=0))
