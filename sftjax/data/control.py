@@ -12,9 +12,10 @@ Vocabularies can have thousands (Gemma has 6,000 `<unused…>`), so they are loo
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 _BASE = 0xF0000  # plane 15, for private use
+_MAX_BEGINNINGS = 16
 _HIDDEN = re.compile(f"[{chr(_BASE)}-{chr(_BASE + 0xFFFD)}]")
 
 
@@ -31,19 +32,20 @@ class ControlText:
         self._numbers = {name: i for i, name in enumerate(self._names)}
         self._kept = frozenset(kept_in_answers)
         self._lengths = sorted({len(name) for name in self._names}, reverse=True)  # the longest wins, as in tokenizers
-        self._firsts = tuple(sorted({name[0] for name in self._names}))
-        self._first = re.compile("|".join(map(re.escape, self._firsts)) or r"(?!)")
+        self._beginnings = _beginnings(self._names)
+        written = "|".join(map(re.escape, self._beginnings)) or r"(?!)"
+        self._beginning = re.compile(f"(?={written})")  # takes no character: the next may begin inside of this one
 
     def possible(self, text: str) -> bool:
         """A quick look; False means that the text spells no control token."""
-        return any(first in text for first in self._firsts)
+        return any(beginning in text for beginning in self._beginnings)
 
     def hide(self, text: str, *, answer: bool = False) -> str:
         """`text` with each spelled control token in private-use characters, as many as it has."""
         if not self.possible(text):
             return text
         parts, done = [], 0
-        for match in self._first.finditer(text):
+        for match in self._beginning.finditer(text):
             start = match.start()
             if start < done:
                 continue
@@ -71,3 +73,12 @@ class ControlText:
                 parts += [text[done:start], name]
                 done = start + len(name)
         return "".join([*parts, text[done:]])
+
+
+def _beginnings(names: Sequence[str]) -> list[str]:
+    """What all names begin with, as many characters as leave few of them: data has many a `<`, and hardly any `<|i`."""
+    for length in (3, 2):
+        found = sorted({name[:length] for name in names})
+        if len(found) <= _MAX_BEGINNINGS:
+            return found
+    return sorted({name[0] for name in names})

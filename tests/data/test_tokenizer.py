@@ -99,6 +99,18 @@ def test_thousands_of_control_tokens_cost_no_time():
     assert "<think>" in control.hide(text, answer=True) and "<think>" not in hidden
 
 
+@pytest.mark.parametrize("names", [["aaab", "ab"], ["<a>", "<<b>"], [chr(65 + i) + "x>" for i in range(40)] + ["<>"]])
+def test_a_control_token_is_found_wherever_it_begins(names):
+    control = ControlText(names)
+    for before in ("", "a", "aa", "<", "<<", "<<<", "A", "Ax"):
+        for name in names:
+            text = f"{before}{name} and"
+            hidden = control.hide(text)
+            first = min(text.find(other) for other in names if other in text)
+            assert hidden[first] != text[first] and control.unhide(hidden) == text, text
+    assert not control.possible("nothing of that kind")
+
+
 def test_missing_pad_and_pad_equal_to_eos_are_fine(tmp_path):
     none = tokenizers.load(byte_level(tmp_path / "none", pad_token=None))
     same = tokenizers.load(byte_level(tmp_path / "same", pad_token="<|im_end|>"))
