@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import orjson
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import Unigram
 
@@ -214,7 +215,7 @@ class Tokenizer:
 
     @cached_property
     def _fast_parts(self) -> tuple[places.ByteCounter | None, WordEncoder | None]:
-        saved = json.loads(self.backend.to_str())
+        saved = orjson.loads(self.backend.to_str())
         return places.ByteCounter.of(self.backend, saved), WordEncoder.of(self.backend, saved)
 
     @cached_property
