@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,20 +53,23 @@ def read_rows(mixture: Mixture, start: int, workers: int) -> Generator[EncodedRo
     Raises:
       concurrent.futures.BrokenExecutor: a worker was killed.
     """
-    chunks = (range(first, min(first + CHUNK, len(mixture))) for first in range(start, len(mixture), CHUNK))
+    begins = range(start, len(mixture), CHUNK)
+    chunks = (range(begin, min(begin + CHUNK, len(mixture))) for begin in begins)
+    workers = min(workers, len(begins))
     if not workers:
         for places in chunks:
             yield from encode_rows(mixture, places)
         return
+    pickled = bytes(ForkingPickler.dumps(_parts_of(mixture)))  # here: the queue's thread could only print an error
     located = ([mixture.locate(place)[1:] for place in places] for places in chunks)
     context = multiprocessing.get_context("spawn")
     parts = context.Queue()  # whose thread hands them over: as arguments they would have one process wait for another
+    for _ in range(workers):
+        parts.put(pickled)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (parts,))
     try:
         with _interrupts_held():  # what a process holds back, those that it starts do as well
             ahead = deque(pool.submit(_work, rows) for rows in islice(located, workers * _CHUNKS_AHEAD))
-        for _ in range(workers):
-            parts.put(_parts_of(mixture))
         while ahead:
             chunk = ahead.popleft().result()
             ahead.extend(pool.submit(_work, rows) for rows in islice(located, 1))
@@ -118,13 +122,13 @@ def _encode_records(encode: Any, records: list[dict], rows: list[int], source: i
 # --- in a worker -----------------------------------------------------------------------------------------------------
 
 
-def _start_worker(parts: multiprocessing.Queue[Sequence[tuple[Any, Any]]]) -> None:
+def _start_worker(parts: multiprocessing.Queue[bytes]) -> None:
     """In a worker: leave interrupts to the parent, one thread for the tokenizer, and don't outlive the parent."""
     global _parts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-    _parts = parts.get()
+    _parts = ForkingPickler.loads(parts.get())
 
 
 def _die_with(parent: int) -> None:

@@ -17,6 +17,7 @@ from sftjax.data.mixture import Mixture
 from sftjax.data.pipeline import build, build_eval, sum_per_example
 from sftjax.errors import ConfigError, DataError
 from tests.data.pipe_toys import (
+    encode,
     encode_and_die_once,
     encode_unless_jax_started,
     lognormal_rows,
@@ -241,6 +242,19 @@ def test_no_jax_backend_in_workers():
     mixture = Mixture([toy([{"n": 30}] * 20, encode=encode_unless_jax_started)])
     with build(mixture, length=128, batch_size=2, workers=1) as pipeline:
         assert len(list(pipeline)) > 0
+
+
+def test_what_a_worker_imports_brings_no_jax_along():
+    code = "import sys, sftjax.data.encode, sftjax.data.sources, sftjax.data.workers; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    assert "sftjax.data.tokenizer" in loaded
+    assert not {"jax", "grain", "transformers"} & set(loaded)
+
+
+def test_an_encoder_that_cannot_go_to_another_process_is_an_error():
+    mixture = Mixture([toy([{"n": 30}] * 20, encode=lambda row, index, source: encode(row, index, source))])
+    with build(mixture, length=128, batch_size=2, workers=2) as pipeline, pytest.raises(Exception, match="pickle"):
+        next(pipeline)
 
 
 def test_an_error_in_a_worker_arrives_as_itself():

@@ -13,7 +13,8 @@ CHATML = (
     "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CORPUS = [
-    *(path.read_text() for path in sorted(Path(__file__).parents[2].glob("sftjax/data/t*.py"))),
+    # Code of an earlier day: another text would make other tokenizers, and with them other tiny models.
+    *(Path(__file__).parent / "corpus.txt").read_text().split("\f"),
     "The capital of France is Paris. How are you today? I am fine, thank you.\n" * 20,
     "user assistant system Hello there, what is it? Yes. No. Four.\n" * 20,
     "你好，世界。今天天气怎么样？ 東京は大きな都市です。안녕하세요 세계\n" * 10,
