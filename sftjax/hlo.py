@@ -1,4 +1,4 @@
-"""Reads a compiled program's text: what its devices send each other, how often, and which kernels are in it.
+"""Reads a compiled program's text: what its devices send each other, which kernels are in it, what came from where.
 
 The compiler writes one `collective` several times where it overlaps it with work (start, middle, end): all carry the
 same channel, so each channel is counted once. What is inside a loop counts as often as the loop runs.
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
+_NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?metadata=\{op_name="([^"]*)"', re.MULTILINE)
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([%\w.\-, ]+)\}?")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _BITS = {"pred": 8, "s4": 4, "u4": 4}
@@ -54,6 +55,11 @@ class Collective:
 def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
     return math.prod(shape) * bits // 8
+
+
+def scopes(text: str) -> dict[str, str]:
+    """Instruction -> the path of scopes it was written in, such as `jit(step)/Decoder/self_attn/dot_general`."""
+    return dict(_NAMED.findall(text))
 
 
 def collectives(text: str, devices: int) -> list[Collective]:

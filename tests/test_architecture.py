@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imports only go to a later line; names on one line don't import each other. (A package may import within itself.)
 LAYERS = [
     {"main", "convert", "chat", "inference", "plan_scaling", "assess", "bench_data", "bench_loading"}
-    | {"bench_preparing"},
+    | {"bench_preparing", "step_profile"},
     {"bench_methods"},
     {"sweep"},
     {"train", "plan_search", "bench", "serve", "synth"},
@@ -47,6 +47,7 @@ USE_CONFIG = {
     "plan",
     "plan_search",
     "plan_scaling",
+    "step_profile",
     "bench",
     "finish",
     "convert",
