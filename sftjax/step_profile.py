@@ -47,7 +47,8 @@ def profile(config: config_lib.ConfigDict, steps: int) -> dict[str, Any]:
 
     Returns:
       JSON-able figures; seconds and FLOPs are of a step, `peak_flops` a second. `parts` are rows
-      {"part", "products", "other"}: seconds in matrix products, and in everything else.
+      {"part", "products", "other"}: seconds in matrix products, and in everything else; together they are more than a
+      step where operations run beside each other.
 
     Raises:
       ConfigError: several processes, or a configuration that can't be run.
@@ -193,9 +194,9 @@ def matmul_peak(dtype) -> float:
 def describe(result: Mapping[str, Any]) -> str:
     """The figures as lines of text, the parts as a Markdown table."""
     step, traced, peak = result["step_seconds"], result["traced_step_seconds"], result["peak_flops"]
-    booked = sum(row["products"] + row["other"] for row in result["parts"])
+    products, other = (sum(row[kind] for row in result["parts"]) for kind in ("products", "other"))
     flops, again = result["model_flops"], result["recomputed_flops"]
-    rows = [*result["parts"], {"part": "between operations", "products": 0.0, "other": traced - booked}]
+    rows = [*result["parts"], {"part": "all", "products": products, "other": other}]
     return "\n".join(
         [
             f"{result['model']} on {result['device']}: {result['rows']} rows of {result['length']}, {result['dtype']}",
@@ -209,7 +210,7 @@ def describe(result: Mapping[str, Any]) -> str:
             "| --- | --- | --- | --- |",
             *(
                 f"| {row['part']} | {row['products'] * 1e3:,.1f} | {row['other'] * 1e3:,.1f} "
-                f"| {(row['products'] + row['other']) / traced:.0%} |"
+                f"| {(row['products'] + row['other']) / (products + other):.0%} |"
                 for row in rows
             ),
         ]
