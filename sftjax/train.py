@@ -77,11 +77,14 @@ def resume(run_dir: str, *, config=None, allow: Sequence[str] = (), dry_run: boo
 
 
 def use_compile_cache() -> None:
-    """Compiled programs are kept on disk: a second start of the same job doesn't compile again."""
+    """Compiled programs are kept on disk: a second start of the same job doesn't compile again.
+
+    Where JAX was told a folder of its own (JAX_COMPILATION_CACHE_DIR), its other settings are left alone too.
+    """
     if not jax.config.jax_compilation_cache_dir:
         root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "sftjax", "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 
 @dataclasses.dataclass

@@ -59,7 +59,7 @@ def test_every_import_is_a_declared_dependency(folder):
 
 
 def test_extras():
-    promised = "cuda12 cuda13 tpu kernels data eval serve wandb notebooks test parity"
+    promised = "cuda cuda12 cuda13 tpu kernels data eval serve wandb notebooks test parity"
     assert set(EXTRAS) >= set(promised.split())
     assert not declared(PROJECT["dependencies"]) & {"torch", "tensorflow", "peft", "accelerate"}
     assert "torch==2.13.0" in EXTRAS["parity"]

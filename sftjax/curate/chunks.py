@@ -8,12 +8,10 @@ A chunk's file appears whole or not at all, so a run that was killed goes on whe
 from __future__ import annotations
 
 import io
-import logging
-import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import numpy as np
 import orjson
 
 from sftjax.curate import contamination, dedup, personal, rules, tasks, text
+from sftjax.data import processes
 from sftjax.data.types import RowError
 from sftjax.errors import ConfigError, DataError, StorageError
 
@@ -28,8 +27,6 @@ ROWS = 1000  # in a chunk
 VERSION = 1  # of what a chunk's file holds
 
 _NONE = np.zeros(0, np.uint32)
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -161,11 +158,15 @@ def load(path: Path) -> dict[str, Any]:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-def run(work: Work, folder: Path, workers: int, progress: Callable[[int], None]) -> None:
+def run(
+    work: Work, folder: Path, workers: int, progress: Callable[[int], None], say: Callable[[str], None] | None = None
+) -> None:
     """Makes the files of all chunks that aren't there yet.
 
     Args:
+      workers: processes; 0 = one for each core. One does it all where the work can't go to another.
       progress: called with the number of chunks that are done.
+      say: told why there is one process where there could be more.
 
     Raises:
       DataError: a process died.
@@ -176,61 +177,35 @@ def run(work: Work, folder: Path, workers: int, progress: Callable[[int], None])
     done = len(chunks) - len(todo)
     progress(done)
     workers = min(workers or _cores(), len(todo))
-    if workers <= 1:
+    shared = _packed(work, say or (lambda line: None)) if workers > 1 else None
+    if shared is None:
         for number in todo:
             save(path_of(folder, number), look(work, chunks[number]))
             done += 1
             progress(done)
         return
-    # Forked, so that rules that are Python functions of a config file, and the index, need not be sent.
-    context = multiprocessing.get_context("fork")
-    following = context.Value("l", 0)
-    processes = {}
-    for _ in range(workers):
-        mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_worker, args=(work, folder, chunks, todo, following, theirs, os.getpid()))
-        process.start()
-        theirs.close()
-        processes[mine] = process
-    try:
-        while processes:
-            for pipe in wait(list(processes)):
-                try:
-                    message = pipe.recv()
-                except EOFError:
-                    process = processes.pop(pipe)
-                    process.join()
-                    if process.exitcode:
-                        raise DataError(
-                            f"a worker process died with code {process.exitcode} (out of memory?); the same command "
-                            "goes on from here, workers=1 needs less memory"
-                        ) from None
-                    continue
-                if isinstance(message, BaseException):
-                    raise message
+    with processes.pool(workers, _use, shared) as pool:
+        made = [pool.submit(_make, path_of(folder, number), chunks[number]) for number in todo]
+        try:
+            for one in as_completed(made):
+                one.result()
                 done += 1
                 progress(done)
-    finally:
-        for process in processes.values():
-            process.terminate()
-            process.join()
+        except BrokenExecutor:
+            raise DataError(
+                "a worker process died (out of memory?); the same command goes on from here, and workers=1 needs less "
+                "memory"
+            ) from None
 
 
-def _worker(work, folder, chunks, todo, following, pipe, parent) -> None:
-    try:
-        while os.getppid() == parent:  # a killed parent can't tell
-            with following.get_lock():
-                place = following.value
-                following.value += 1
-            if place >= len(todo):
-                return
-            save(path_of(folder, todo[place]), look(work, chunks[todo[place]]))
-            pipe.send(todo[place])
-    except KeyboardInterrupt:
-        return
-    except Exception as error:
-        log.debug("worker", exc_info=True)
-        pipe.send(error)
+def _packed(work: Work, say: Callable[[str], None]) -> bytes | None:
+    for rule in work.table:
+        try:
+            processes.packed(rule, f"rule {rule.name}")
+        except ConfigError as error:
+            say(f"one process looks at the rows: {error}")
+            return None
+    return processes.packed(work, "a source")
 
 
 def _cores() -> int:
@@ -238,3 +213,17 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
         return os.cpu_count() or 1
+
+
+# --- in a worker ----------------------------------------------------------------------------------------------------
+
+_work: Work | None = None
+
+
+def _use(work: Work) -> None:
+    global _work
+    _work = work
+
+
+def _make(path: Path, chunk: tuple[int, int, int]) -> None:
+    save(path, look(_work, chunk))

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import rensa
 
 from sftjax.curate.text import grams
-from sftjax.errors import ConfigError
 
 PERMUTATIONS = 128
 _SEED = 42
@@ -40,17 +40,7 @@ def shingles(hashes: np.ndarray, n: int) -> np.ndarray:
 
 
 def signatures(sets: Sequence[np.ndarray]) -> np.ndarray:
-    """uint32 [len(sets), PERMUTATIONS]: MinHash of sets of shingles.
-
-    Raises:
-      ConfigError: rensa isn't installed.
-    """
-    try:
-        import rensa
-    except ImportError:
-        raise ConfigError(
-            "near duplicates need the package rensa: pip install 'sftjax[data]', or set near.enabled=False"
-        ) from None
+    """uint32 [len(sets), PERMUTATIONS]: MinHash of sets of shingles."""
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in sets])]).astype(np.uint64)
     flat = np.concatenate(sets).astype(np.uint64) if len(sets) else np.zeros(0, np.uint64)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, PERMUTATIONS, _SEED)

@@ -10,16 +10,17 @@ its weight in proportion to the exchanges that it found; another takes it off wh
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from sftjax.curate import patterns
 from sftjax.curate.language import ABOUT_LANGUAGES, WITH_LATIN_LETTERS, language, scripts
 from sftjax.curate.text import Dialogue, Exchange, words
+from sftjax.data import processes
 from sftjax.errors import ConfigError
 
 Check = Callable[[Exchange], float]
@@ -36,7 +37,8 @@ class Rule:
 
     @property
     def about(self) -> str:
-        return (self.check.__doc__ or "").strip().split("\n")[0]
+        check = self.check.func if isinstance(self.check, partial) else self.check
+        return (check.__doc__ or "").strip().split("\n")[0]
 
 
 def score(dialogue: Dialogue, rules: Sequence[Rule]) -> tuple[float, dict[str, float]]:
@@ -65,22 +67,16 @@ def empty_response(exchange: Exchange) -> bool:
     return not exchange.response.strip()
 
 
-def under_words(count: int) -> Check:
-    def short_response(exchange: Exchange) -> bool:
-        """The response has few words."""
-        return len(exchange.response_words) < count
-
-    return short_response
+def short_response(count: int, exchange: Exchange) -> bool:
+    """The response has few words."""
+    return len(exchange.response_words) < count
 
 
-def over_ratio(ratio: float) -> Check:
-    def long_response(exchange: Exchange) -> bool:
-        """The response is out of proportion to its instruction."""
-        if exchange.instruction is None:
-            return False
-        return len(exchange.response_words) > ratio * len(exchange.instruction_words)
-
-    return long_response
+def long_response(ratio: float, exchange: Exchange) -> bool:
+    """The response is out of proportion to its instruction."""
+    if exchange.instruction is None:
+        return False
+    return len(exchange.response_words) > ratio * len(exchange.instruction_words)
 
 
 # --- manner ---------------------------------------------------------------------------------------------------------
@@ -225,18 +221,15 @@ def prompt_echo(exchange: Exchange) -> bool:
 # --- language -------------------------------------------------------------------------------------------------------
 
 
-def in_language(code: str = "") -> Check:
-    def wrong_language(exchange: Exchange) -> bool:
-        """The response is in another language than its prompt (or than the one that is asked for)."""
-        asked = exchange.instruction or ""
-        if ABOUT_LANGUAGES.search(asked) or not exchange.prose.strip():
-            return False
-        found, wanted = language(exchange.prose), code or language(asked, sure=False)
-        if not found or not wanted:
-            return False
-        return found not in WITH_LATIN_LETTERS if wanted == "latin" else found != wanted
-
-    return wrong_language
+def wrong_language(code: str, exchange: Exchange) -> bool:
+    """The response is in another language than its prompt (or than the one that is asked for)."""
+    asked = exchange.instruction or ""
+    if ABOUT_LANGUAGES.search(asked) or not exchange.prose.strip():
+        return False
+    found, wanted = language(exchange.prose), code or language(asked, sure=False)
+    if not found or not wanted:
+        return False
+    return found not in WITH_LATIN_LETTERS if wanted == "latin" else found != wanted
 
 
 def mixed_script(exchange: Exchange) -> bool:
@@ -256,12 +249,12 @@ def mixed_script(exchange: Exchange) -> bool:
 
 def listed_words(listed: Iterable[str]) -> Check:
     pattern = re.compile(r"(?<!\w)(?:" + "|".join(sorted(map(re.escape, listed))) + r")(?:s|es)?(?!\w)", re.I)
+    return partial(word_list, pattern)
 
-    def word_list(exchange: Exchange) -> bool:
-        """A word of the given list occurs in the response."""
-        return bool(pattern.search(exchange.response))
 
-    return word_list
+def word_list(pattern: re.Pattern[str], exchange: Exchange) -> bool:
+    """A word of the given list occurs in the response."""
+    return bool(pattern.search(exchange.response))
 
 
 def hf_classifier(model: str, label: str) -> Check:
@@ -269,26 +262,27 @@ def hf_classifier(model: str, label: str) -> Check:
 
     Needs transformers with a backend that runs the model (torch); the default path of curation needs neither.
     """
-    pipeline = None
+    return partial(classifier, model, label)
 
-    def classifier(exchange: Exchange) -> float:
-        """A classifier's probability of a label."""
-        nonlocal pipeline
-        if pipeline is None:
-            from transformers import pipeline as load
 
-            pipeline = load("text-classification", model=model, tokenizer=model, top_k=None, truncation=True)
-        (found,) = pipeline([exchange.response])
-        return next((one["score"] for one in found if one["label"] == label), 0.0)
+def classifier(model: str, label: str, exchange: Exchange) -> float:
+    """A classifier's probability of a label."""
+    (found,) = _classifier(model)([exchange.response])
+    return next((one["score"] for one in found if one["label"] == label), 0.0)
 
-    return classifier
+
+@cache
+def _classifier(model: str) -> Callable[[list[str]], list[list[dict]]]:
+    from transformers import pipeline
+
+    return pipeline("text-classification", model=model, tokenizer=model, top_k=None, truncation=True)
 
 
 # --- the tables -----------------------------------------------------------------------------------------------------
 
 GUIDE = (
-    Rule("short_response", under_words(5), 0.5, spreads=True),
-    Rule("long_response", over_ratio(50), 0.2, spreads=True),
+    Rule("short_response", partial(short_response, 5), 0.5, spreads=True),
+    Rule("long_response", partial(long_response, 50), 0.2, spreads=True),
     Rule("stock_opener", literal_opener, 0.3, spreads=True),
     Rule("hedging", literal_hedge, 0.1, spreads=True),
 )
@@ -296,8 +290,8 @@ GUIDE = (
 # One fault of substance leads below the threshold of 0.7; manner takes two.
 DEFAULT = (
     Rule("empty_response", empty_response, 1.0),
-    Rule("short_response", under_words(5), 0.3, spreads=True),
-    Rule("long_response", over_ratio(50), 0.2, spreads=True),
+    Rule("short_response", partial(short_response, 5), 0.3, spreads=True),
+    Rule("long_response", partial(long_response, 50), 0.2, spreads=True),
     Rule("stock_opener", stock_opener, 0.2, spreads=True),
     Rule("hedging", hedging, 0.15, spreads=True),
     Rule("refusal", refusal, 0.4),
@@ -312,7 +306,7 @@ DEFAULT = (
     Rule("url_only", url_only, 0.5),
     Rule("symbol_heavy", symbol_heavy, 0.5),
     Rule("prompt_echo", prompt_echo, 0.4),
-    Rule("wrong_language", in_language(), 0.5),
+    Rule("wrong_language", partial(wrong_language, ""), 0.5),
     Rule("mixed_script", mixed_script, 0.4),
 )
 PRESETS = {"guide": GUIDE, "default": DEFAULT, "none": ()}
@@ -343,7 +337,8 @@ def build(
     table = list(PRESETS[preset])
     if language:
         table = [
-            replace(rule, check=in_language(language)) if rule.name == "wrong_language" else rule for rule in table
+            replace(rule, check=partial(wrong_language, language)) if rule.name == "wrong_language" else rule
+            for rule in table
         ]
     if listed := _lines(word_list):
         table.append(Rule("word_list", listed_words(listed), 0.5))
@@ -371,24 +366,26 @@ def _lines(word_list: Sequence[str] | str) -> list[str]:
 
 
 def resolve(function: Callable | str, field: str = "quality.extra") -> Callable:
-    """The function itself, or the one that "file.py:function" or "module:function" names."""
+    """The function itself, or the one that "file.py:function" or "module:function" names.
+
+    Raises:
+      ConfigError: no such function.
+    """
     if callable(function):
         return function
     place, _, name = str(function).rpartition(":")
     try:
         if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return getattr(module, name)
+            return processes.of_file(place, name)
+        return getattr(importlib.import_module(place), name)
     except (ImportError, AttributeError, OSError, SyntaxError, ValueError) as error:
         raise ConfigError(f"{field}: {function!r} is no function that can be loaded ({error})") from None
 
 
 def fingerprint(check: Check) -> str:
     """What a rule does, as text that is the same in another process: its code, and what it was made with."""
+    if isinstance(check, partial):
+        return " ".join((fingerprint(check.func), *(repr(getattr(one, "pattern", one)) for one in check.args)))
     code = getattr(check, "__code__", None)
     if code is None:
         return type(check).__qualname__

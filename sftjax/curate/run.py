@@ -52,7 +52,7 @@ def curate(settings: Settings, *, dry_run: bool = False, say: Callable[[str], No
 
     total = len(work.chunks())
     progress = Progress("rows looked at", total, sum(len(one.source) for one in inputs), say)
-    chunks.run(work, state, settings.workers, progress)
+    chunks.run(work, state, settings.workers, progress, say)
     rows = collect(work, state)
     names = [one.name for one in inputs]
 

@@ -15,16 +15,11 @@ from typing import Any
 
 import numpy as np
 import orjson
+import xxhash
 
 from sftjax.data import formats
 from sftjax.data.conversations import Conversation
 from sftjax.data.types import RowError
-from sftjax.errors import ConfigError
-
-try:
-    import xxhash
-except ImportError:
-    raise ConfigError("curation needs the package xxhash: pip install 'sftjax[data]'") from None
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORDS = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")  # where words aren't spaced, each character is one

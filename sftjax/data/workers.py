@@ -7,22 +7,16 @@ second.
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import threading
-import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator, Sequence
 from itertools import islice
-from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sftjax.data import processes
 from sftjax.data.types import RowError, Sample
+from sftjax.errors import ConfigError
 
 if TYPE_CHECKING:
     from sftjax.data.mixture import Mixture
@@ -51,6 +45,7 @@ def read_rows(mixture: Mixture, start: int, workers: int) -> Generator[EncodedRo
       workers: processes that work ahead; 0 = none. They end with the generator.
 
     Raises:
+      ConfigError: a source or an encoder can't go to another process.
       concurrent.futures.BrokenExecutor: a worker was killed.
     """
     begins = range(start, len(mixture), CHUNK)
@@ -60,24 +55,17 @@ def read_rows(mixture: Mixture, start: int, workers: int) -> Generator[EncodedRo
         for places in chunks:
             yield from encode_rows(mixture, places)
         return
-    pickled = bytes(ForkingPickler.dumps(_parts_of(mixture)))  # here: the queue's thread could only print an error
-    located = ([mixture.locate(place)[1:] for place in places] for places in chunks)
-    context = multiprocessing.get_context("spawn")
-    parts = context.Queue()  # whose thread hands them over: as arguments they would have one process wait for another
-    for _ in range(workers):
-        parts.put(pickled)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (parts,))
     try:
-        with _interrupts_held():  # what a process holds back, those that it starts do as well
-            ahead = deque(pool.submit(_work, rows) for rows in islice(located, workers * _CHUNKS_AHEAD))
+        shared = processes.packed(_parts_of(mixture), "a source or its encoder")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; data.workers=0 encodes in this one") from error.__cause__
+    located = ([mixture.locate(place)[1:] for place in places] for places in chunks)
+    with processes.pool(workers, _use, shared) as pool:
+        ahead = deque(pool.submit(_work, rows) for rows in islice(located, workers * _CHUNKS_AHEAD))
         while ahead:
             chunk = ahead.popleft().result()
             ahead.extend(pool.submit(_work, rows) for rows in islice(located, 1))
             yield from _unpacked(*chunk)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        parts.close()
-        parts.cancel_join_thread()  # what a worker that was killed didn't fetch
 
 
 def encode_rows(mixture: Mixture, places: Sequence[int]) -> list[EncodedRow]:
@@ -122,23 +110,9 @@ def _encode_records(encode: Any, records: list[dict], rows: list[int], source: i
 # --- in a worker -----------------------------------------------------------------------------------------------------
 
 
-def _start_worker(parts: multiprocessing.Queue[bytes]) -> None:
-    """In a worker: leave interrupts to the parent, one thread for the tokenizer, and don't outlive the parent."""
+def _use(parts: Sequence[tuple[Any, Any]]) -> None:
     global _parts
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-    _parts = ForkingPickler.loads(parts.get())
-
-
-def _die_with(parent: int) -> None:
-    """Ends this process soon after its parent has ended (a killed parent can't tell its workers to stop).
-
-    Not PR_SET_PDEATHSIG: that fires when the *thread* that started the worker ends.
-    """
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
+    _parts = parts
 
 
 def _work(rows: Sequence[tuple[int, int]]) -> tuple:
@@ -163,13 +137,3 @@ def _unpacked(heads: list[tuple], about: list[tuple], tokens: np.ndarray | None,
         begin = end
     left = iter(samples)
     return [EncodedRow(source, row, [*islice(left, n)], error) for source, row, error, n in heads]
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C, which goes to every process of a terminal, is this process's alone to answer."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

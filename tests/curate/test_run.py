@@ -189,15 +189,57 @@ def test_two_sources_of_one_name_and_formats(tmp_path):
     assert {row["_source"] for row in lines(tmp_path / "out/kept.jsonl")} == {"data.jsonl", "data.jsonl#2"}
 
 
-def test_an_own_rule_from_the_config_runs_in_the_workers(tmp_path, monkeypatch):
+def test_an_own_rule_runs_in_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "ROWS", 10)
     path = write(tmp_path / "data.jsonl", rows(40))
-    extra = (("has_ba", lambda exchange: "ba" in exchange.response, 0.5),)
-    found = run.curate(settings(tmp_path, path, quality={"extra": extra}, workers=2))
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import os\n"
+        "def has_ba(exchange):\n"
+        f"    open({str(tmp_path / 'seen')!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+        "    return 'ba' in exchange.response\n"
+        "def broken(exchange):\n    return 1 / 0\n"
+    )
+    said = []
+    found = run.curate(
+        settings(tmp_path, path, quality={"extra": (("has_ba", f"{mine}:has_ba", 0.5),)}, workers=2), say=said.append
+    )
     assert found["removed"]["has_ba"]["count"] > 0
+    assert str(os.getpid()) not in (tmp_path / "seen").read_text().split()
     with pytest.raises(ConfigError, match=r"data.jsonl:1: rule broken failed: ZeroDivisionError"):
-        broken = (("broken", lambda exchange: 1 / 0, 0.5),)
-        run.curate(settings(tmp_path, path, quality={"extra": broken}, workers=2))
+        run.curate(settings(tmp_path, path, quality={"extra": (("broken", f"{mine}:broken", 0.5),)}, workers=2))
+    assert not any("one process" in line for line in said)
+    # What can't go to another process stays in this one, and is told.
+    extra = (("has_ba", lambda exchange: "ba" in exchange.response, 0.5),)
+    again = run.curate(
+        settings(tmp_path, path, quality={"extra": extra}, workers=2, output=str(tmp_path / "b")), say=said.append
+    )
+    assert again["removed"]["has_ba"]["count"] == found["removed"]["has_ba"]["count"]
+    assert any(line.startswith("one process looks at the rows: rule has_ba can't go to another") for line in said)
+
+
+def test_a_config_file_s_own_functions_run_in_the_workers(tmp_path):
+    """Its module can't be imported by name, and threads of ours are no reason to fork."""
+    path = write(tmp_path / "data.jsonl", rows(2200))
+    config = tmp_path / "config.py"
+    config.write_text(
+        "import os\n"
+        "from configs.curate.default import get_config as default\n"
+        "def has_ba(exchange):\n"
+        f"    open({str(tmp_path / 'seen')!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+        "    return 'ba' in exchange.response\n"
+        "def get_config(arg=''):\n"
+        "    config = default()\n"
+        "    with config.unlocked():\n"
+        "        config.quality.extra = (('has_ba', has_ba, 0.5),)\n"
+        "    return config\n"
+    )
+    command = [sys.executable, "tools/curate.py", f"--config={config}", f"--config.sources={path}"]
+    command += [f"--config.output={tmp_path / 'out'}", "--config.workers=2", "--config.semantic.mode=off"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "one process" not in done.stderr
+    assert len(set((tmp_path / "seen").read_text().split())) == 2
 
 
 def test_an_own_encoder(tmp_path):

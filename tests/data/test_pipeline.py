@@ -253,7 +253,8 @@ def test_what_a_worker_imports_brings_no_jax_along():
 
 def test_an_encoder_that_cannot_go_to_another_process_is_an_error():
     mixture = Mixture([toy([{"n": 30}] * 20, encode=lambda row, index, source: encode(row, index, source))])
-    with build(mixture, length=128, batch_size=2, workers=2) as pipeline, pytest.raises(Exception, match="pickle"):
+    said = r"a source or its encoder can't go to another process: .*a lambda.*; data\.workers=0 encodes in this one"
+    with build(mixture, length=128, batch_size=2, workers=2) as pipeline, pytest.raises(ConfigError, match=said):
         next(pipeline)
 
 
