@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import jax.numpy as jnp
 
 from sftjax import checkpoint, job, loading, tree
 from sftjax import config as config_lib
+from sftjax.data import tokenizer_export
 from sftjax.data.tokenizer import Tokenizer
 from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig
 from sftjax.peft import merge
-from sftjax.weights import export, families, gguf_write, hf, peft_format
+from sftjax.weights import export, families, gguf, gguf_write, hf, peft_format
 
 
 def convert(source: str, target: str, *, adapter: str | None = None, dtype: str | None = None) -> list[str]:
@@ -46,11 +46,27 @@ def convert(source: str, target: str, *, adapter: str | None = None, dtype: str 
     widest = "float32" if adapter or isinstance(dtypes, Mapping) else dtypes
     params = hf.load_params(files, files.config, widest)
     if not adapter:
-        return export.export_model(target, files.config, params, dtype=dtypes, source=files)
+        return export.export_model(
+            target, files.config, params, dtype=dtypes, source=files, tokenizer=_tokenizer_files(files)
+        )
     config, params, tokenizer = _merged(params, adapter, files)
-    stop_ids = () if tokenizer is None else tokenizer.stop_ids
     return export.export_model(
-        target, config, params, dtype=dtypes, source=files, tokenizer=tokenizer, stop_ids=stop_ids
+        target,
+        config,
+        params,
+        dtype=dtypes,
+        source=files,
+        tokenizer=_tokenizer_files(files) if tokenizer is None else tokenizer.files(),
+        stop_ids=() if tokenizer is None else tokenizer.stop_ids,
+    )
+
+
+def _tokenizer_files(files: hf.ModelFiles) -> dict[str, bytes]:
+    """Those that a model came with."""
+    return (
+        gguf.tokenizer_files(files.path)
+        if files.is_gguf
+        else tokenizer_export.untouched(tokenizer_export.read(files.path))
     )
 
 
@@ -58,10 +74,9 @@ def _write_gguf(target: str, files: hf.ModelFiles, config: ModelConfig, params: 
     kinds = {None: "BF16", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
     if dtype not in kinds:
         raise ConfigError(f"{target}: matrices in GGUF can be float16, bfloat16 or q8_0, not {dtype}")
-    with tempfile.TemporaryDirectory(prefix="sftjax-gguf-") as folder:
-        export.write_tokenizer(folder, tokenizer, files)
-        model_type = families.family_of(files.raw_config)
-        gguf_write.write_gguf(target, config, params, kind=kinds[dtype], model_type=model_type, tokenizer_folder=folder)
+    written = _tokenizer_files(files) if tokenizer is None else tokenizer.files()
+    model_type = families.family_of(files.raw_config)
+    gguf_write.write_gguf(target, config, params, kind=kinds[dtype], model_type=model_type, tokenizer=written)
     return [os.path.basename(target)]
 
 
@@ -106,7 +121,7 @@ def _convert_run(run: Path, step: int | None, target: str, adapter: str | None, 
         params,
         dtype=dtype or config.export.dtype,
         source=opened.files,
-        tokenizer=opened.tokenizer,
+        tokenizer=opened.tokenizer.files(),
         stop_ids=opened.tokenizer.stop_ids,
     )
 

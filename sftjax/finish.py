@@ -22,7 +22,8 @@ from sftjax.evaluate import Evaluation, bootstrap_difference
 from sftjax.models import decoder
 from sftjax.parallel import partition
 from sftjax.peft import merge
-from sftjax.weights import export, hf, peft_format
+from sftjax.weights import companions, export, hf, peft_format
+from sftjax.weights.files import write_file
 
 VERIFY_TOKENS = 512
 MAX_RELATIVE_DIFFERENCE = 1e-5  # reloaded against the same weights in memory, float32; 0 but for the order of sums
@@ -138,7 +139,11 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
     dtype = jnp.dtype(config.export.dtype)
     if adapting and not config.export.merge:
         peft_format.save_adapter(folder, variables["adapter"], job.spec, job.model_config, base_model=config.model.path)
-        opened.tokenizer.save(folder)
+        beside = companions.files(
+            None, source=opened.files, tokenizer=opened.tokenizer.files(), stop_ids=opened.tokenizer.stop_ids
+        )
+        for name, content in beside.items():
+            write_file(folder, name, content)
         adapter, _ = peft_format.load_adapter(folder, job.model_config)
         reloaded = {**variables, "adapter": adapter}
         expected, against = variables, "the base weights in memory with the adapter read back"
@@ -150,7 +155,7 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
             params,
             dtype=dtype,
             source=opened.files,
-            tokenizer=opened.tokenizer,
+            tokenizer=opened.tokenizer.files(),
             stop_ids=opened.tokenizer.stop_ids,
         )
         expected = {"params": jax.tree.map(lambda leaf: leaf.astype(dtype), params)}

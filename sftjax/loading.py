@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -79,7 +80,8 @@ def _tokenizer_folder(files: hf.ModelFiles) -> Iterator[str]:
         yield files.path
         return
     with tempfile.TemporaryDirectory(prefix="sftjax-tokenizer-") as folder:
-        gguf.write_tokenizer_files(files.path, folder)
+        for name, content in gguf.tokenizer_files(files.path).items():
+            Path(folder, name).write_bytes(content)
         yield folder
 
 

@@ -41,7 +41,8 @@ def model(folder: Path, **changes) -> Path:
     )
     params = decoder.init_params(jax.random.key(0), config, jnp.float32)
     params = jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 1 else leaf, params)
-    export.export_model(folder, config, params, dtype=jnp.float32, tokenizer=tokenizer, stop_ids=tokenizer.stop_ids)
+    beside = dict(tokenizer=tokenizer.files(), stop_ids=tokenizer.stop_ids)
+    export.export_model(folder, config, params, dtype=jnp.float32, **beside)
     return folder
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -23,13 +22,13 @@ import orjson
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import Unigram
 
-from sftjax.data import places, plain, templates, tokenizer_files
+from sftjax.data import places, plain, templates, tokenizer_export, tokenizer_files
 from sftjax.data.control import ControlText
 from sftjax.data.rendering import Renderer
 from sftjax.data.sandbox import TemplateError
 from sftjax.data.templates import Template
 from sftjax.data.words import WordEncoder
-from sftjax.errors import ConfigError, StorageError
+from sftjax.errors import ConfigError
 
 _HTML = (
     "a b i u s p br hr em li ol ul td th tr h1 h2 h3 h4 h5 h6 sub sup code caption table thead tbody tfoot blockquote"
@@ -54,12 +53,20 @@ class Tokenizer:
       prefix_ids, suffix_ids: what the tokenizer adds around plain text by itself (a BOS, mostly).
       added_tokens: names of tokens that are new to the model: its embedding must reach their ids.
       vocab_size: number of ids, added ones included.
+      came: the files it was read from, by name; empty in a copy from another process.
     """
 
     def __init__(
-        self, hf, template: Template | None, *, added_tokens: Sequence[str] = (), stop_ids: Sequence[int] = ()
+        self,
+        hf,
+        template: Template | None,
+        *,
+        added_tokens: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        came: Mapping[str, bytes] | None = None,
     ):
         self.hf = hf
+        self.came = came or {}
         self.template = template
         self.added_tokens = tuple(added_tokens)
         backend = Backend.from_str(hf.backend_tokenizer.to_str())
@@ -86,7 +93,7 @@ class Tokenizer:
     def __getstate__(self):
         left = ("plain_backends", "control_text", "control_tokens")  # made again on demand
         state = {key: value for key, value in self.__dict__.items() if key not in left}
-        return {**state, "hf": None, "_fast_parts": self._fast_parts}
+        return {**state, "hf": None, "came": {}, "_fast_parts": self._fast_parts}
 
     # --- encoding ------------------------------------------------------------------------------------------------
 
@@ -267,16 +274,9 @@ class Tokenizer:
             text += [self.template.text, self.template.tools_text or "", json.dumps(self.renderer.special_tokens)]
         return hashlib.sha256("\0".join(text).encode()).hexdigest()
 
-    def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja (and tokenizer.model if it had one)."""
-        directory = Path(directory)
-        try:
-            self.hf.save_pretrained(str(directory))
-            source = Path(str(self.hf.name_or_path or "")) / "tokenizer.model"
-            if not self.added_tokens and source.is_file() and not (directory / source.name).exists():
-                shutil.copyfile(source, directory / source.name)
-        except OSError as error:
-            raise StorageError(f"can't write tokenizer files to {directory}: {error}") from None
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer's files for an export, by their names in its folder; see `tokenizer_export`."""
+        return tokenizer_export.files(self.hf, self.came)
 
     def generation_config(self) -> dict:
         """The token fields of an export's generation_config.json."""
@@ -306,14 +306,23 @@ def load(path: str | Path, *, chat_template: str | None = None, end_of_turn: str
     elif hf.chat_template:
         template = _own_template(hf)
     stop_ids = tokenizer_files.generation_stops(path, len(hf))
-    tokenizer = Tokenizer(hf, template, added_tokens=added, stop_ids=stop_ids)
+    came = tokenizer_export.read(path)
+    tokenizer = Tokenizer(hf, template, added_tokens=added, stop_ids=stop_ids, came=came)
     if template is not None and end_of_turn and template.end_of_turn is None:
         tokenizer = _with_end_of_turn(tokenizer, end_of_turn, stop_ids)
     if tokenizer.template is not None:
-        hf.chat_template = tokenizer.template.text
-        if tokenizer.template.tools_text:
-            hf.chat_template = {"default": tokenizer.template.text, "tool_use": tokenizer.template.tools_text}
+        hf.chat_template = _all_templates(hf.chat_template, tokenizer.template)
     return tokenizer
+
+
+def _all_templates(came: str | dict[str, str] | None, used: Template) -> str | dict[str, str]:
+    """The template that is trained with, among the model's others: those under names of their own stay as they came."""
+    others = came if isinstance(came, dict) else {}
+    found = {name: text for name, text in others.items() if name not in ("default", "tool_use")}
+    found["default"] = used.text
+    if used.tools_text:
+        found["tool_use"] = used.tools_text
+    return found if len(found) > 1 else used.text
 
 
 def _own_template(hf) -> Template:
@@ -355,7 +364,7 @@ def _with_end_of_turn(tokenizer: Tokenizer, end_of_turn: str, stop_ids: Sequence
     text = templates.with_end_of_turn(own.text, name, end_of_turn)
     tools_text = own.tools_text and templates.with_end_of_turn(own.tools_text, name, end_of_turn)
     changed = Template(own.name, text, tools_text, end_of_turn, own.tokens)
-    result = Tokenizer(tokenizer.hf, changed, added_tokens=added, stop_ids=stop_ids)
+    result = Tokenizer(tokenizer.hf, changed, added_tokens=added, stop_ids=stop_ids, came=tokenizer.came)
     if result.end_of_turn_id != tokenizer.hf.convert_tokens_to_ids(end_of_turn):
         raise ConfigError(
             f"model.end_of_turn={end_of_turn!r} could not be put into the template {own.name!r}: edit the template"

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import fsspec
 import jax
@@ -27,20 +25,11 @@ import sftjax
 from sftjax import tree
 from sftjax.errors import ConfigError, StorageError
 from sftjax.models.config import ModelConfig
-from sftjax.weights import families, rules, safetensors
+from sftjax.weights import companions, families, rules, safetensors
 from sftjax.weights.files import Folder, copy_converted, is_remote
-from sftjax.weights.gguf_tokenizer import write_tokenizer_files
 from sftjax.weights.hf import ModelFiles
 
 _MARKER = "export.json"  # by it an earlier export of ours is known, and may be replaced
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-
-
-class SavesTokenizer(Protocol):
-    def save(self, directory: str) -> Any: ...
 
 
 def export_model(
@@ -50,7 +39,7 @@ def export_model(
     *,
     dtype: Any,
     source: ModelFiles | None = None,
-    tokenizer: SavesTokenizer | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
     stop_ids: Sequence[int] = (),
     shard_bytes: float = 5e9,
 ) -> list[str]:
@@ -62,8 +51,8 @@ def export_model(
       config: where it has a `valid_vocab`, the rows of the embedding from there on are left out.
       params: the parameter tree.
       dtype: of the tensors; or `{tensor name: dtype}` to keep what a mixed checkpoint had.
-      source: the model it came from: its family and harmless fields are carried on, and its tokenizer where
-        `tokenizer` is None.
+      source: the model it came from: its family and harmless fields are carried on.
+      tokenizer: the tokenizer's files, by name.
       stop_ids: tokens that end an answer; they go to generation_config.json.
       shard_bytes: the largest weight file.
 
@@ -78,9 +67,9 @@ def export_model(
         config = config.replace(vocab_size=config.valid_vocab, valid_vocab=None)
     dtypes = {} if not isinstance(dtype, Mapping) else {name: np.dtype(kind) for name, kind in dtype.items()}
     default = np.dtype(dtype) if not dtypes else max(set(dtypes.values()), key=list(dtypes.values()).count)
-    raw = families.write_config(config, dtype=default.name, like=None if source is None else source.raw_config)
-    raw["transformers_version"] = importlib.metadata.version("transformers")
-    table = rules.tensors(config, families.FAMILIES[raw["model_type"]].layout)
+    beside = companions.files(config, dtype=default.name, source=source, tokenizer=tokenizer, stop_ids=stop_ids)
+    model_type = json.loads(beside["config.json"])["model_type"]
+    table = rules.tensors(config, families.FAMILIES[model_type].layout)
     leaves = tree.flatten(params)
     _check_leaves(leaves, config)
     shards = _shards([(tensor, dtypes.get(tensor.name, default)) for tensor in table], shard_bytes)
@@ -88,12 +77,13 @@ def export_model(
         with _target(directory) as target:
             _write_weights(target, shards, leaves)
             if jax.process_index() == 0:
-                _write_tokenizer(target, tokenizer, source)
-                _write_json(target, "generation_config.json", _generation(raw, source, stop_ids))
-                _write_text(target, "README.md", _readme(raw, default))
-                marker = {"written_by": "sftjax", "version": sftjax.__version__, "dtype": default.name}
-                _write_json(target, _MARKER, marker)
-                _write_json(target, "config.json", raw)
+                configuration = beside.pop("config.json")
+                beside["README.md"] = _readme(model_type, default)
+                beside[_MARKER] = companions.to_json(
+                    {"written_by": "sftjax", "version": sftjax.__version__, "dtype": default.name}
+                )
+                for name, text in (beside | {"config.json": configuration}).items():  # that one last
+                    target.write(name, text)
     except OSError as error:
         raise StorageError(f"{directory}: the export can't be written ({error.strerror or error})") from error
     return Folder(directory).names()
@@ -151,7 +141,7 @@ def _write_weights(target: _Target, shards: list[tuple[str, list]], leaves: Mapp
     if len(shards) > 1 and jax.process_index() == 0:
         metadata = {"total_parameters": total_values, "total_size": total_bytes}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(target, "model.safetensors.index.json", index)
+        target.write("model.safetensors.index.json", companions.to_json(index))
 
 
 def assemble(tensor: rules.Tensor, dtype: np.dtype, leaves: Mapping[str, Any]) -> np.ndarray:
@@ -196,57 +186,11 @@ def _taker(count: int):
     return jax.jit(take)
 
 
-# ----------------------------------------------------------------------------------------------------- other files
-
-
-def _generation(raw: Mapping[str, Any], source: ModelFiles | None, stop_ids: Sequence[int]) -> dict[str, Any]:
-    """The model's own settings, with the stop tokens that answers end on."""
-    out = {} if source is None else {key: value for key, value in source.generation.items() if key[0] != "_"}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if raw.get(name) is not None:
-            out.setdefault(name, raw[name])
-    if stop_ids:
-        had = out.get("eos_token_id", [])
-        stops = list(dict.fromkeys([*(int(i) for i in stop_ids), *(had if isinstance(had, list) else [had])]))
-        out["eos_token_id"] = stops[0] if len(stops) == 1 else stops
-    out["transformers_version"] = raw["transformers_version"]
-    return dict(sorted(out.items()))
-
-
-def _readme(raw: Mapping[str, Any], dtype: np.dtype) -> str:
+def _readme(model_type: str, dtype: np.dtype) -> bytes:
     return (
         "---\nlibrary_name: transformers\n---\n\n"
-        f"A `{raw['model_type']}` model in {dtype.name}, exported by sftjax {sftjax.__version__}.\n"
-    )
-
-
-def _write_tokenizer(target: _Target, tokenizer: SavesTokenizer | None, source: ModelFiles | None) -> None:
-    with tempfile.TemporaryDirectory(prefix="sftjax-export-") as folder:
-        write_tokenizer(folder, tokenizer, source)
-        for name in sorted(os.listdir(folder)):
-            with target.open(name) as out:
-                out.write(Path(folder, name).read_bytes())
-
-
-def write_tokenizer(folder: str, tokenizer: SavesTokenizer | None, source: ModelFiles | None) -> None:
-    """The tokenizer's files: of `tokenizer`, or else those that the model came with."""
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    elif source is not None and source.is_gguf:
-        write_tokenizer_files(source.path, folder)
-    elif source is not None:
-        origin = Folder(source.path)
-        for name in set(origin.names()) & set(_TOKENIZER_FILES):
-            Path(folder, name).write_bytes(origin.read_bytes(name))
-
-
-def _write_json(target: _Target, name: str, value: Mapping[str, Any]) -> None:
-    _write_text(target, name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_text(target: _Target, name: str, text: str) -> None:
-    with target.open(name) as out:
-        out.write(text.encode())
+        f"A `{model_type}` model in {dtype.name}, exported by sftjax {sftjax.__version__}.\n"
+    ).encode()
 
 
 # ---------------------------------------------------------------------------------------------------- where it goes
@@ -260,14 +204,21 @@ class _Target:
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
+        path = f"{self.path}/{name}"
         if self._fs is not None:
-            with self._fs.open(f"{self.path}/{name}", "wb") as file:
+            self._fs.makedirs(os.path.dirname(path), exist_ok=True)
+            with self._fs.open(path, "wb") as file:
                 yield file
             return
-        with open(os.path.join(self.path, name), "wb") as file:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+
+    def write(self, name: str, content: bytes) -> None:
+        with self.open(name) as file:
+            file.write(content)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 Families are named only here, in `family_llama.py`, `family_others.py` and `gguf.py` (and in presets and templates).
 A family is one `Family` entry: a function that reads its fields, and one that writes them as transformers 5 does. Both
 the transformers-4 form (`rope_theta`, `rope_scaling`, `torch_dtype`) and the transformers-5 form (`rope_parameters`,
-`dtype`, `layer_types`) are read. Every field is accounted for: read, known not to change the maths, or refused by name.
+`dtype`, `layer_types`) are read, and both are written: each program finds its own, and none falls back on defaults.
+Every field is accounted for: read, known not to change the maths, or refused by name.
 Code that a checkpoint brings along (`auto_map`) is never run and never carried on.
 """
 
@@ -20,10 +21,11 @@ from sftjax.weights import family_others as others
 from sftjax.weights.fields import Fields
 
 _DROPPED_ON_EXPORT = {
-    "torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "auto_map",
-    "quantization_config", "_name_or_path", "name_or_path", "sliding_window_pattern", "architectures", "model_type",
+    "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "auto_map",
+    "quantization_config", "_name_or_path", "name_or_path", "architectures", "model_type",
     "transformers_version", "_attn_implementation", "_attn_implementation_autoset",
 }  # fmt: skip
+_REWRITTEN = {"hidden_act"}  # first Gemma files say "gelu", which transformers 4 believes, and mean gelu_pytorch_tanh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
 
 
 def write_config(config: ModelConfig, *, dtype: str, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config.json that transformers 5 would write.
+    """The config.json, as transformers 5 writes it and with what transformers 4 reads instead.
 
     Args:
       dtype: of the tensors written, "bfloat16".
@@ -127,10 +129,12 @@ def write_config(config: ModelConfig, *, dtype: str, like: Mapping[str, Any] | N
         name = family_of(like)
         out, was = FAMILIES[name].write(config), FAMILIES[name].write(read_config(like))
         kept = {key: value for key, value in like.items() if key not in _DROPPED_ON_EXPORT}
-        out |= {key: value for key, value in kept.items() if key not in out or out[key] == was.get(key)}
+        same = {key for key in kept if key in out and key not in _REWRITTEN and out[key] == was.get(key)}
+        out |= {key: value for key, value in kept.items() if key not in out or key in same}
         if "num_local_experts" in kept and "num_experts" in out and "num_experts" not in kept:
             out["num_local_experts"] = out.pop("num_experts")
-    out |= {"model_type": name, "architectures": [FAMILIES[name].architecture], "dtype": dtype}
+    out |= {"model_type": name, "architectures": [FAMILIES[name].architecture]}
+    out |= {"dtype": dtype, "torch_dtype": dtype}
     if read_config(out) != config:
         raise ConfigError(f"the model type {name!r} can't express this model's configuration; export it as another")
     return dict(sorted(out.items()))

@@ -92,7 +92,10 @@ def write_gemma3(config: ModelConfig) -> dict[str, Any]:
     written = {kind: {"rope_theta": theta, "rope_type": "default"} for kind, theta in ropes.items()}
     for kind, layer in zip(parts.write_layer_types(config), config.layers, strict=True):
         written[kind] = rope.write(layer.rope, config)
-    return write_gemma2(config) | {"rope_parameters": written}
+    far = next((layer.rope for layer in config.layers if layer.window is None), None)
+    old = {"rope_theta": 1e6, "rope_scaling": None} if far is None else rope.write_for_4(far, config)
+    near = written["sliding_attention"]["rope_theta"]
+    return write_gemma2(config) | {"rope_parameters": written, **old, "rope_local_base_freq": near}
 
 
 def read_phi3(fields: Fields) -> ModelConfig:
@@ -105,7 +108,7 @@ def read_phi3(fields: Fields) -> ModelConfig:
 def write_phi3(config: ModelConfig) -> dict[str, Any]:
     out = (
         parts.write_sizes(config)
-        | parts.write_rope(config, with_partial=True)
+        | parts.write_rope(config, kind_name="type", with_partial=True)
         | {"sliding_window": parts.window(config)}
     )
     original = out["rope_parameters"].get("original_max_position_embeddings", config.max_position)
@@ -119,7 +122,7 @@ def read_olmo2(fields: Fields) -> ModelConfig:
 
 
 def write_olmo2(config: ModelConfig) -> dict[str, Any]:
-    return parts.write_sizes(config) | parts.write_rope(config) | {"attention_bias": config.qkv_bias}
+    return parts.write_sizes(config) | parts.write_rope(config, kind_name="type") | {"attention_bias": config.qkv_bias}
 
 
 _OSS_ROPE = {

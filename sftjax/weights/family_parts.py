@@ -1,7 +1,7 @@
 """What the readers and writers of `weights/families.py` share: sizes, biases, RoPE, sliding windows.
 
 `read` side: functions of the `Fields` of a config.json; `write_...`: the same fields from a `ModelConfig`, in the form
-of transformers 5.
+of transformers 5 (RoPE in that of 4 as well).
 """
 
 from __future__ import annotations
@@ -112,9 +112,11 @@ def read_rope(
     return one
 
 
-def write_rope(config: ModelConfig, **options: Any) -> dict[str, Any]:
+def write_rope(config: ModelConfig, *, kind_name: str = "rope_type", **options: Any) -> dict[str, Any]:
+    """The model's one RoPE setting, in the form of transformers 5 and in that of 4."""
     used = next(layer.rope for layer in config.layers if layer.rope is not None)
-    return {"rope_parameters": rope.write(used, config, **options)}
+    new, old = rope.write(used, config, **options), rope.write_for_4(used, config, kind_name=kind_name)
+    return {"rope_parameters": new, **old}
 
 
 def windows(fields: Fields, window: int | None, default_types: Sequence[str] | None = None) -> list[int | None]:

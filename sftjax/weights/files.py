@@ -81,6 +81,23 @@ class Folder:
         return [self._root, str(root.parent.parent / "blobs")] if cached else [self._root]
 
 
+def write_file(directory: str | os.PathLike, name: str, content: bytes) -> None:
+    """Writes a small file into a folder (local or remote): aside first, then renamed, so it is whole or not there.
+
+    Raises:
+      StorageError: it can't be written.
+    """
+    try:
+        filesystem, root = fsspec.core.url_to_fs(str(directory))
+        target = f"{root.rstrip('/')}/{name}"
+        filesystem.makedirs(os.path.dirname(target), exist_ok=True)
+        with filesystem.open(f"{target}.partial", "wb") as out:
+            out.write(content)
+        filesystem.mv(f"{target}.partial", target)
+    except OSError as error:
+        raise StorageError(f"{directory}/{name}: can't be written ({error.strerror or error})") from error
+
+
 class RangeFile:
     """A file read by ranges. `bytes_read` counts what was asked for."""
 

@@ -1,7 +1,7 @@
 """GGUF files in: configuration, tensors under their Hugging Face names, tokenizer.
 
     config = families.read_config(gguf.read_config("model.gguf"))
-    gguf.write_tokenizer_files("model.gguf", "folder")
+    gguf.tokenizer_files("model.gguf")
 
 llama.cpp stores some tensors otherwise than HF does, which is undone here: rows of q and k are permuted in Llama-like
 models (its RoPE rotates neighbours, HF's rotates halves), and Gemma's norms have 1 added.
@@ -21,7 +21,7 @@ from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig
 from sftjax.weights import gguf_file
 from sftjax.weights.files import RangeFile, copy_converted
-from sftjax.weights.gguf_tokenizer import build_tokenizer, tokenizer_data, write_tokenizer_files
+from sftjax.weights.gguf_tokenizer import build_tokenizer, tokenizer_data, tokenizer_files
 
 __all__ = [
     "GgufSource",
@@ -30,7 +30,7 @@ __all__ = [
     "read_config",
     "read_generation",
     "tokenizer_data",
-    "write_tokenizer_files",
+    "tokenizer_files",
 ]
 
 MODEL_TYPES = {  # general.architecture: model_type

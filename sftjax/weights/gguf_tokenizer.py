@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import gguf
@@ -74,18 +74,13 @@ def tokenizer_data(path: str | os.PathLike) -> dict[str, Any]:
     )
 
 
-def write_tokenizer_files(path: str | os.PathLike, directory: str | os.PathLike) -> list[str]:
-    """Writes tokenizer.json, tokenizer_config.json and, if there is one, chat_template.jinja.
-
-    Returns:
-      The names of the files.
+def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
+    """tokenizer.json, tokenizer_config.json and, if there is one, chat_template.jinja, by name.
 
     Raises:
       ConfigError: a kind of tokenizer or pre-tokenizer that isn't known.
     """
-    data, folder = tokenizer_data(path), Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    build_tokenizer(data, str(path)).save(str(folder / "tokenizer.json"))
+    data = tokenizer_data(path)
     names = {role: data[key] for role, key in zip(_ROLES, ("bos", "eos", "unk", "pad"), strict=True)}
     config = {role: data["tokens"][token] for role, token in names.items() if token is not None}
     config |= {
@@ -94,12 +89,13 @@ def write_tokenizer_files(path: str | os.PathLike, directory: str | os.PathLike)
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    written = ["tokenizer.json", "tokenizer_config.json"]
+    out = {
+        "tokenizer.json": build_tokenizer(data, str(path)).to_str(pretty=True).encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
+    }
     if data["chat_template"]:
-        (folder / "chat_template.jinja").write_text(data["chat_template"], "utf-8")
-        written.append("chat_template.jinja")
-    return written
+        out["chat_template.jinja"] = data["chat_template"].encode()
+    return out
 
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -196,19 +192,21 @@ def _merges(vocab: dict[str, int], rank: list[float]) -> list[tuple[str, str]]:
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-def write_fields(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
+def write_fields(writer: gguf.GGUFWriter, files: Mapping[str, bytes], size: int) -> None:
     """Puts the tokenizer of an HF folder into a GGUF file; the inverse of `tokenizer_data` and `build_tokenizer`.
 
     Args:
+      files: by name.
       size: rows of the embedding; ids without a token are filled up with unused ones.
 
     Raises:
       ConfigError: a tokenizer that isn't BPE, or splits text in a way without a name in llama.cpp.
     """
-    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    if "tokenizer.json" not in files:
+        raise ConfigError("the model has no tokenizer.json, and GGUF files hold the tokenizer; save it as one first")
+    spec, settings = (json.loads(files.get(name, b"{}")) for name in ("tokenizer.json", "tokenizer_config.json"))
     if spec["model"].get("type") != "BPE":
-        raise ConfigError(f"{folder}/tokenizer.json: only BPE tokenizers can be written to GGUF")
+        raise ConfigError("tokenizer.json: only BPE tokenizers can be written to GGUF")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
     added = {entry["content"]: entry for entry in spec["added_tokens"]}
     ids = {**spec["model"]["vocab"], **{name: entry["id"] for name, entry in added.items()}}
@@ -218,7 +216,7 @@ def write_fields(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
         tokens[i], types[i] = token, _type_of(token, added, spec)
     spm = bool(spec["model"].get("byte_fallback"))
     writer.add_tokenizer_model("llama" if spm else "gpt2")
-    writer.add_tokenizer_pre("default" if spm else _name_of_rule(spec, folder))
+    writer.add_tokenizer_pre("default" if spm else _name_of_rule(spec))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if spm:
@@ -235,8 +233,7 @@ def write_fields(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     template = (spec.get("post_processor") or {}).get("special_tokens", {})
     bos = settings.get("bos_token")
     writer.add_add_bos_token(bool(settings.get("add_bos_token", bos in template)))
-    chat = folder / "chat_template.jinja"
-    text = chat.read_text("utf-8") if chat.exists() else settings.get("chat_template")
+    text = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else settings.get("chat_template")
     if text:
         writer.add_chat_template(text)
 
@@ -258,7 +255,7 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
-def _name_of_rule(spec: dict[str, Any], folder: Path) -> str:
+def _name_of_rule(spec: dict[str, Any]) -> str:
     """llama.cpp's name for how this tokenizer.json splits text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     data = dict(model="gpt2", tokens=alphabet, types=[1] * 256, merges=[], unk=None, bos=None, eos=None)
@@ -267,7 +264,7 @@ def _name_of_rule(spec: dict[str, Any], folder: Path) -> str:
         ours = json.loads(build_tokenizer({**data, "pre": name}, name).to_str())
         if all(_essence(ours[part]) == _essence(spec.get(part)) for part in ("pre_tokenizer", "normalizer")):
             return name
-    raise ConfigError(f"{folder}/tokenizer.json: llama.cpp has no name (that is known here) for how it splits text")
+    raise ConfigError("tokenizer.json: llama.cpp has no name (that is known here) for how it splits text")
 
 
 def _essence(part: Any) -> Any:

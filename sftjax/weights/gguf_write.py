@@ -30,14 +30,14 @@ def write_gguf(
     *,
     kind: str,
     model_type: str,
-    tokenizer_folder: str | os.PathLike,
+    tokenizer: Mapping[str, bytes],
 ) -> None:
     """Writes one file, beside its name first and then renamed.
 
     Args:
       kind: of the matrices: "F16", "BF16" or "Q8_0".
       model_type: as in config.json; one of those `weights.gguf` reads.
-      tokenizer_folder: has tokenizer.json, tokenizer_config.json and perhaps chat_template.jinja.
+      tokenizer: files by name: tokenizer.json, tokenizer_config.json and perhaps chat_template.jinja.
 
     Raises:
       ConfigError: a family or tokenizer that can't be written.
@@ -52,7 +52,7 @@ def write_gguf(
     try:
         writer = gguf.GGUFWriter(partial, architecture)
         vectors = _write_fields(writer, architecture, config)
-        gguf_tokenizer.write_fields(writer, Path(tokenizer_folder), config.valid_vocab or config.vocab_size)
+        gguf_tokenizer.write_fields(writer, tokenizer, config.valid_vocab or config.vocab_size)
         leaves = tree.flatten(params)
         _write_tensors(writer, architecture, config, leaves, gguf.GGMLQuantizationType[kind], vectors)
         partial.replace(path)

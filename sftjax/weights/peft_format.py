@@ -23,12 +23,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from safetensors.numpy import save
 
 from sftjax import tree
-from sftjax.errors import ConfigError, StorageError
+from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig, layer_address
 from sftjax.peft.spec import AdapterSpec
 from sftjax.weights import files, peft_settings, rules, safetensors
@@ -91,8 +90,8 @@ def save_adapter(
     tensors |= _export_copies(flat, spec, config, layout, set(exported))
     tensors = {name: np.ascontiguousarray(leaf.astype(dtype)) for name, leaf in tensors.items()}
     settings = peft_settings.write(spec, config, [module.name for module in modules], exported, base_model)
-    _write(directory, WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    _write(directory, CONFIG, (json.dumps(settings, indent=2, sort_keys=True)).encode())
+    files.write_file(directory, WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    files.write_file(directory, CONFIG, (json.dumps(settings, indent=2, sort_keys=True)).encode())
 
 
 def load_adapter(
@@ -276,19 +275,6 @@ def _export_copies(
     if config.tie_word_embeddings and "embed_tokens/weight" in flat:
         found[f"{PREFIX}lm_head.weight"] = flat["embed_tokens/weight"]
     return found
-
-
-def _write(directory: str | os.PathLike, name: str, content: bytes) -> None:
-    """Aside first, then renamed: a file is there whole or not at all."""
-    try:
-        filesystem, root = fsspec.core.url_to_fs(str(directory))
-        filesystem.makedirs(root, exist_ok=True)
-        target = f"{root.rstrip('/')}/{name}"
-        with filesystem.open(f"{target}.partial", "wb") as out:
-            out.write(content)
-        filesystem.mv(f"{target}.partial", target)
-    except OSError as error:
-        raise StorageError(f"{directory}/{name}: can't be written ({error.strerror or error})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- import

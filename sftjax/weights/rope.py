@@ -127,6 +127,27 @@ def write(rope: Rope, config: ModelConfig, *, with_partial: bool = False) -> dic
     return out
 
 
+def write_for_4(rope: Rope, config: ModelConfig, *, kind_name: str = "rope_type") -> dict[str, Any]:
+    """The same as fields for transformers 4, which reads no `rope_parameters`: without them its theta is the default.
+
+    Transformers 5 takes `rope_scaling`, where it isn't null, in place of `rope_parameters`; so it says as much.
+
+    Args:
+      kind_name: "type" in families whose transformers-4 class insists on that spelling.
+    """
+    scaling = {name: value for name, value in write(rope, config).items() if name != "rope_theta"}
+    partial = scaling.pop("partial_rotary_factor", None)
+    kind = scaling.pop("rope_type")
+    out: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
+    if partial is not None:
+        out["partial_rotary_factor"] = partial
+    if kind == "longrope":  # read from outside the dict
+        out["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
+    if kind != "default":
+        out["rope_scaling"] = {kind_name: kind, **scaling}
+    return out
+
+
 def _fraction(part: int, whole: int) -> float:
     """A float f with int(whole * f) == part."""
     fraction = part / whole

@@ -7,12 +7,13 @@ import time
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as Backend
 
-from sftjax.data import templates
+from sftjax.data import templates, tokenizer_export
 from sftjax.data import tokenizer as tokenizers
 from sftjax.data.control import ControlText
 from sftjax.errors import ConfigError
-from tests.data.tiny import CHATML, CORPUS, byte_level, chat, sentencepiece
+from tests.data.tiny import CHATML, CORPUS, byte_level, chat, sentencepiece, write_files
 
 
 def lines(count: int = 1000) -> list[str]:
@@ -139,7 +140,7 @@ def test_built_in_templates_on_a_base_model_survive_export(tmp_path, name):
     if name == "six":
         assert tokenizer.added_tokens == ("<SOT>", "<EOT>", "<SOU>", "<EOU>", "<SOA>", "<EOA>")
         assert tokenizer.stop_ids[0] == tokenizer.hf.convert_tokens_to_ids("<EOA>")
-    tokenizer.save(tmp_path / "saved")
+    write_files(tmp_path / "saved", tokenizer.files())
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == tokenizer.template.text
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     messages = chat("Hi", "Hello", "  x = 1\n", "你好", system="Be kind.")
@@ -148,6 +149,87 @@ def test_built_in_templates_on_a_base_model_survive_export(tmp_path, name):
     assert again.apply_chat_template(messages, return_dict=False) == tokenizer.encode(text)
     loaded = tokenizers.load(tmp_path / "saved")
     assert loaded.end_of_turn_id == tokenizer.end_of_turn_id and loaded.encode(text) == tokenizer.encode(text)
+
+
+def test_an_untouched_tokenizer_leaves_byte_for_byte(tmp_path):
+    """Class name, special-tokens map, list of extra tokens: what another program looks for stays where it was."""
+    folder = byte_level(
+        tmp_path / "in",
+        additional_special_tokens=["<|im_start|>"],
+        added_tokens_decoder={"1": {"content": "<|im_start|>", "lstrip": False, "normalized": False, "rstrip": False,
+                                    "single_word": False, "special": True}},
+    )  # fmt: skip
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    came = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert tokenizers.load(folder).files() == came == tokenizer_export.untouched(tokenizer_export.read(folder))
+
+
+def test_rules_that_a_class_puts_in_place_of_the_files_are_written(tmp_path):
+    """transformers 5 gives Qwen2Tokenizer rules of its own, 4 believes tokenizer.json: that must say the same."""
+    tokenizer = tokenizers.load(byte_level(tmp_path, tokenizer_class="Qwen2Tokenizer"))
+    files = tokenizer.files()
+    text = "cafe\u0301 1234"
+    assert tokenizer.encode(text) != Backend.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+    assert tokenizer.encode(text) == Backend.from_str(files["tokenizer.json"].decode()).encode(text).ids
+    assert json.loads(files["tokenizer_config.json"])["tokenizer_class"] == "Qwen2Tokenizer"
+
+
+NAMED = {"default": CHATML, "tool_use": "tools" + CHATML, "rag": "{{ documents }}" + CHATML}
+
+
+@pytest.mark.parametrize("form", ["list", "files"])
+def test_every_named_template_leaves_as_it_came(tmp_path, form):
+    from transformers import AutoTokenizer
+
+    folder = byte_level(tmp_path / "in", template=None)
+    if form == "list":
+        byte_level(folder, template=[{"name": name, "template": text} for name, text in NAMED.items()])
+    else:
+        names = {"default": "chat_template.jinja"}
+        where = {names.get(name, f"additional_chat_templates/{name}.jinja"): text for name, text in NAMED.items()}
+        write_files(folder, {name: text.encode() for name, text in where.items()})
+    came = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert tokenizers.load(folder).files() == came
+    # another end of turn: two of them say it, the third is as it was, and all are where they were
+    changed = tokenizers.load(folder, end_of_turn="<END>")
+    written = changed.files()
+    assert set(written) == set(came)
+    again = AutoTokenizer.from_pretrained(write_files(tmp_path / "out", written)).chat_template
+    assert again == {
+        "default": changed.template.text, "tool_use": changed.template.tools_text, "rag": NAMED["rag"]
+    }  # fmt: skip
+    assert "<END>" in again["default"] and "<END>" in again["tool_use"]
+    # a template that takes the place of the model's own takes that of its variant for tools too
+    other = tokenizers.load(folder, chat_template="zephyr").files()
+    again = AutoTokenizer.from_pretrained(write_files(tmp_path / "other", other)).chat_template
+    assert again["rag"] == NAMED["rag"] and again["default"] == templates.find("zephyr").text
+    assert again.get("tool_use") != NAMED["tool_use"]
+
+
+def test_what_only_transformers_5_writes_leaves_in_words_that_4_knows(tmp_path):
+    folder = byte_level(
+        tmp_path / "in", tokenizer_class="TokenizersBackend", extra_special_tokens=["<|im_start|>"],
+        auto_map={"AutoTokenizer": ["evil.py", None]},
+    )  # fmt: skip
+    for files in (tokenizers.load(folder).files(), tokenizer_export.untouched(tokenizer_export.read(folder))):
+        settings = json.loads(files["tokenizer_config.json"])
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in settings
+        assert settings["additional_special_tokens"] == ["<|im_start|>"] and "extra_special_tokens" not in settings
+        again = tokenizers.load(write_files(tmp_path / "out", files))
+        assert again.encode("a<|im_start|>b") == tokenizers.load(folder).encode("a<|im_start|>b")
+
+
+def test_new_tokens_are_in_every_list_of_tokens(tmp_path):
+    folder = byte_level(tmp_path, template=None, added_tokens_decoder={})
+    (folder / "added_tokens.json").write_text('{"<|im_end|>": 2}')
+    tokenizer = tokenizers.load(folder, chat_template="six")
+    files = tokenizer.files()
+    listed = {token["content"]: token["id"] for token in json.loads(files["tokenizer.json"])["added_tokens"]}
+    decoder = json.loads(files["tokenizer_config.json"])["added_tokens_decoder"]
+    assert {entry["content"]: int(number) for number, entry in decoder.items()} == listed
+    assert json.loads(files["added_tokens.json"]) == listed
+    assert all(listed[name] == tokenizer.hf.convert_tokens_to_ids(name) for name in tokenizer.added_tokens)
 
 
 @pytest.mark.parametrize("name", list(templates.BUILTIN))

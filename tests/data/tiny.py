@@ -84,6 +84,13 @@ def sentencepiece(folder: Path, kind: str = "bpe", **options) -> Path:
     return folder
 
 
+def write_files(folder: Path, content: dict[str, bytes]) -> Path:
+    for name, text in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text)
+    return folder
+
+
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     """user, assistant, user, ... with these contents."""
     start = [] if system is None else [{"role": "system", "content": system}]

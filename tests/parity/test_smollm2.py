@@ -193,7 +193,12 @@ def test_exports_answer_as_before_the_export(torch, ours, samples, tmp_path, for
     else:
         params = merge.merge(variables["params"], adapter, dtype=jnp.float32)
         export.export_model(
-            tmp_path, ours.config, params, dtype="float32", source=hf.open_model(str(MODEL)), tokenizer=ours.tokenizer
+            tmp_path,
+            ours.config,
+            params,
+            dtype="float32",
+            source=hf.open_model(str(MODEL)),
+            tokenizer=ours.tokenizer.files(),
         )
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)

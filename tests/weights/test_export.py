@@ -38,9 +38,13 @@ def test_an_untouched_model_leaves_as_it_came(tmp_path, name):
     export.export_model(tmp_path / "out", model.config, params, dtype="bfloat16", source=model)
     assert stored_bytes(tmp_path / "out") == stored_bytes(tmp_path / "in")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {k: v for k, v in written.items() if k != "transformers_version"} == {
-        k: v for k, v in model.raw_config.items() if k != "transformers_version"
-    }
+    came = {key: value for key, value in model.raw_config.items() if key != "transformers_version"}
+    assert {key: value for key, value in written.items() if key in came} == came
+    for_transformers_4 = {"torch_dtype", "rope_theta", "rope_scaling"}
+    assert for_transformers_4 <= set(written)
+    assert set(written) - set(came) - for_transformers_4 <= {
+        "transformers_version", "rope_local_base_freq", "partial_rotary_factor", "original_max_position_embeddings"
+    }  # fmt: skip
 
 
 def test_sharded_arrays_and_sharded_files(tmp_path):
@@ -73,13 +77,15 @@ def test_mixed_dtypes_are_kept(tmp_path):
 def test_stop_tokens_and_settings(tmp_path):
     model = make(tmp_path)
     Path(model.path, "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [2, 5], "_x": 1}')
-    Path(model.path, "tokenizer.json").write_text("{}")
     model = hf.open_model(model.path)
     params = hf.load_params(model, model.config, "float32")
-    export.export_model(tmp_path / "out", model.config, params, dtype="float16", source=model, stop_ids=[7])
+    beside = {"tokenizer.json": b"{}", "additional_chat_templates/rag.jinja": b"{{ documents }}"}
+    export.export_model(
+        tmp_path / "out", model.config, params, dtype="float16", source=model, tokenizer=beside, stop_ids=[7]
+    )
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [7, 2, 5] and generation["temperature"] == 0.6 and "_x" not in generation
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert all((tmp_path / "out" / name).read_bytes() == text for name, text in beside.items())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
 
 

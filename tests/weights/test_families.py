@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,58 @@ from sftjax.weights import families
 def test_config_survives_the_round_trip(name):
     raw = tiny.config_dict(name)
     written = families.write_config(families.read_config(raw), dtype="bfloat16", like=raw)
-    assert written == {key: value for key, value in raw.items() if key != "transformers_version"}
+    came = {key: value for key, value in raw.items() if key != "transformers_version"}
+    assert {key: value for key, value in written.items() if key not in ONLY_IN_4 - set(came)} == came
+
+
+ONLY_IN_4 = {
+    "torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor",
+    "original_max_position_embeddings",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_each_form_alone_is_the_whole_model(name, with_source):
+    """What transformers 5 reads, and what 4 reads, which knows no `rope_parameters` and has other defaults."""
+    raw = tiny.config_dict(name)
+    config = families.read_config(raw)
+    written = families.write_config(config, dtype="bfloat16", like=raw if with_source else None)
+    old = {key: value for key, value in written.items() if key not in ("rope_parameters", "dtype")}
+    new = {key: value for key, value in written.items() if key not in ONLY_IN_4}
+    assert families.read_config(old) == families.read_config(new) == config
+    assert old["torch_dtype"] == new["dtype"] == "bfloat16"
+    # with a shift of the base frequency both say so
+    layers = tuple(
+        layer if layer.rope is None else dataclasses.replace(layer, rope=dataclasses.replace(layer.rope, theta=3e5))
+        for layer in config.layers
+    )
+    written = families.write_config(config.replace(layers=layers), dtype="float32", like=raw)
+    assert written["rope_theta"] == written.get("rope_local_base_freq", 3e5) == 3e5
+
+
+def test_scaling_for_transformers_4_is_spelled_as_its_classes_want_it():
+    """Phi-3 takes exactly three fields there, OLMo 2 two, both under "type"."""
+    written = {
+        name: families.write_config(families.read_config(raw), dtype="float32", like=raw)
+        for name, raw in {
+            "phi3_long": tiny.config_dict("phi3_long"),
+            "olmo2": tiny.config_dict("olmo2", rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)),
+            "llama3": tiny.config_dict("llama3"),
+            "gemma": tiny.config_dict("gemma") | {"hidden_act": "gelu", "hidden_activation": None},
+        }.items()
+    }
+    assert written["phi3_long"]["rope_scaling"] == {
+        "type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 3.0, 4.0]
+    }  # fmt: skip
+    assert written["phi3_long"]["original_max_position_embeddings"] == 128
+    assert written["phi3_long"]["partial_rotary_factor"] == 0.75
+    assert written["olmo2"]["rope_scaling"] == {"type": "linear", "factor": 4.0}
+    assert written["llama3"]["rope_scaling"] == {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }  # fmt: skip
+    assert written["gemma"]["hidden_act"] == "gelu_pytorch_tanh"  # transformers 4 would take "gelu" at its word
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
@@ -66,7 +118,7 @@ def test_transformers_4_form_reads_the_same(name):
     assert families.read_config(old_form(raw)) == config
     written = families.write_config(config, dtype="bfloat16", like=old_form(raw))
     assert families.read_config(written) == config
-    assert "rope_theta" not in written and "rope_parameters" in written and "torch_dtype" not in written
+    assert "rope_parameters" in written and written["rope_theta"] == old_form(raw)["rope_theta"]
 
 
 def test_gemma3_layers():

@@ -230,11 +230,11 @@ def test_writes_the_files(tmp_path):
         ("tokenizer.ggml.eos_token_id", 0), ("tokenizer.chat_template", "{{ messages }}"),
     ]  # fmt: skip
     write(tmp_path / "m.gguf", "llama", raw, tiny.random_tensors(raw, dtype="float32"), extra=extra)
-    names = gguf.write_tokenizer_files(tmp_path / "m.gguf", tmp_path / "out")
-    assert sorted(names) == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
-    loaded = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    files = gguf.tokenizer_files(tmp_path / "m.gguf")
+    assert sorted(files) == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    loaded = Tokenizer.from_str(files["tokenizer.json"].decode())
     assert spell(loaded, "ab 12<|end|>") == ["ab", "Ġ", "1", "2", "<|end|>"]
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
+    assert json.loads(files["tokenizer_config.json"])["eos_token"] == "<|end|>"
     assert gguf.tokenizer_data(tmp_path / "m.gguf")["chat_template"] == "{{ messages }}"
 
 
@@ -247,9 +247,9 @@ def test_what_goes_out_comes_back(tmp_path, architecture, kind):
         raw["head_dim"] = 8
     model = hf.open_model(tiny.write_model(tmp_path / "in", raw, tiny.random_tensors(raw)))
     params = hf.load_params(model, model.config, "float32")
-    save_tokenizer(tmp_path, byte_level_data(), raw["vocab_size"])
     path = tmp_path / "m.gguf"
-    options = dict(kind=kind, model_type=raw["model_type"], tokenizer_folder=tmp_path)
+    files = tokenizer_files(byte_level_data(), raw["vocab_size"])
+    options = dict(kind=kind, model_type=raw["model_type"], tokenizer=files)
     gguf_write.write_gguf(path, model.config, params, **options)
     again = hf.open_model(path)
     assert again.config == model.config
@@ -263,14 +263,14 @@ def test_what_goes_out_comes_back(tmp_path, architecture, kind):
     assert spell(gguf.build_tokenizer(data, "x"), "ab 12<|end|> a") == ["ab", "Ġ", "1", "2", "<|end|>", "Ġa"]
 
 
-def save_tokenizer(folder, data, size):
+def tokenizer_files(data, size):
     tokens = data["tokens"]
     keep = ["<|end|>", "Ġ", "a", "b", "1", "2", "ab", "12", "Ġa"]
     rest = [token for token in tokens if token not in keep][: size - len(keep)]
     tokens = keep[:1] + rest + keep[1:]
     tokenizer = gguf.build_tokenizer({**data, "tokens": tokens, "types": [3] + [1] * (size - 1)}, "x")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>", "pad_token": "<|end|>"}')
+    settings = b'{"eos_token": "<|end|>", "pad_token": "<|end|>"}'
+    return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": settings}
 
 
 def test_sentencepiece_goes_out_and_comes_back(tmp_path):
@@ -280,13 +280,15 @@ def test_sentencepiece_goes_out_and_comes_back(tmp_path):
         model="llama", pre="default", tokens=tokens, types=[2, 3, 3] + [6] * 256 + [1] * 6, merges=[], scores=scores,
         unk=0, bos=1, eos=2, add_bos=True, add_space_prefix=True,
     )  # fmt: skip
-    gguf.build_tokenizer(data, "x").save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}')
+    files = {
+        "tokenizer.json": gguf.build_tokenizer(data, "x").to_str().encode(),
+        "tokenizer_config.json": b'{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}',
+    }
     raw = tiny.config_dict("llama", vocab_size=len(tokens))
     model = hf.open_model(tiny.write_model(tmp_path / "in", raw, tiny.random_tensors(raw)))
     params = hf.load_params(model, model.config, "float32")
     path = tmp_path / "m.gguf"
-    gguf_write.write_gguf(path, model.config, params, kind="F16", model_type="llama", tokenizer_folder=tmp_path)
+    gguf_write.write_gguf(path, model.config, params, kind="F16", model_type="llama", tokenizer=files)
     found = gguf.tokenizer_data(path)
     assert found["types"] == data["types"] and found["add_bos"] and found["add_space_prefix"]
     assert spell(gguf.build_tokenizer(found, "x"), "ab é</s>") == ["<s>", "▁ab", "▁", "<0xC3>", "<0xA9>", "</s>"]
