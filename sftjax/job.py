@@ -60,6 +60,7 @@ class Job:
 
 def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence[str]) -> Job:
     """Opens model and data, checks them, settles the program; nothing large is in memory yet."""
+    job_data.check_sources(config)
     opened = loading.open_model(
         config.model.path, chat_template=config.model.chat_template, end_of_turn=config.model.end_of_turn
     )

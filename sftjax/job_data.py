@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from sftjax import config as config_lib
 from sftjax.data import subsets
 from sftjax.data.encode import RowEncoder
 from sftjax.data.mixture import Ingredient, Mixture
-from sftjax.data.sources import MIXTURE_KEYS, open_source
+from sftjax.data.sources import MIXTURE_KEYS, check_spec, open_source
 from sftjax.errors import ConfigError
 from sftjax.parallel import partition
 
 
 def source_spec(entry: Any) -> dict[str, Any]:
-    return {"path": entry} if isinstance(entry, str) else dict(entry)
+    if isinstance(entry, (str, os.PathLike)):
+        return {"path": os.fspath(entry)}
+    if not isinstance(entry, (Mapping, config_lib.ConfigDict)):
+        raise ConfigError(f"data source: {entry!r} is neither a path nor a dict with one")
+    return dict(entry)
+
+
+def check_sources(config: config_lib.ConfigDict) -> None:
+    """Raises ConfigError for entries that name sources in a way that can't be, before anything is opened."""
+    for group, field in (("data", "train"), ("data", "replay"), ("data", "eval"), ("eval", "forgetting")):
+        for entry in config[group][field]:
+            try:
+                check_spec(source_spec(entry))
+            except ConfigError as error:
+                raise ConfigError(f"{group}.{field}: {error}") from None
 
 
 def ingredient(

@@ -1,66 +1,68 @@
-"""Conversations: messages checked one by one, and the formats that hold them."""
+"""Conversations: messages checked one by one, with their weights, calls and tools."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from sftjax.data import values
+from sftjax.data import values, weighting
 from sftjax.data.types import RowError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
+_OTHER_NAMES = {
     "human": "user",
-    "user": "user",
+    "prompter": "user",
     "gpt": "assistant",
-    "assistant": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
     "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
+    "ai": "assistant",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
     "function": "tool",
     "ipython": "tool",
 }
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+_TEXTS = ("text", "input_text", "output_text")
+_READ = frozenset(("role", "content", "name", "tool_calls", "tool_call_id", "function_call", *REASONING))
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as the template gets them, with one weight each (0 = not trained), and whether any row field set it."""
+    """Messages as the template gets them, with one weight each (0 = not trained), and whether any row field set it.
+
+    `notes` are flags for the ledger: keys of messages and columns of the row that nothing here reads.
+    """
 
     messages: list[dict[str, Any]]
     weights: list[float]
     tools: list[Any] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     weighted: bool = False
-
-
-def messages(row) -> Iterator[Conversation]:
-    """OpenAI's format."""
-    yield conversation(values.list_of(row, "messages"), tools_of(row), row)
+    notes: tuple[str, ...] = ()
 
 
 def conversation(messages, tools=None, row=None) -> Conversation:
     """Messages checked one by one, with their weights. Raises RowError."""
     if not messages:
         raise RowError("empty_conversation", "there are no messages")
-    cleaned, weights, weighted = [], [], False
+    cleaned, weights, weighted, notes = [], [], False, ()
     for number, message in enumerate(messages):
         if not isinstance(message, (dict, Mapping)):  # dict first: asking an abstract class takes ten times as long
             raise RowError(
                 "wrong_type", f"message {number} is {values.kind(message)}, not an object with role and content"
             )
-        weight = _weight(message, number) if len(message) > 2 or "content" not in message else None
+        weight = None
+        if len(message) > 2 or "content" not in message:
+            weight = weighting.weight_of(message, number)
+            notes += tuple(values.note("unread_key", key) for key in message if _is_unread(message, key))
         weighted |= weight is not None
         cleaned.append(_message(message, number))
         answer = cleaned[-1]["role"] == "assistant"
@@ -69,23 +71,40 @@ def conversation(messages, tools=None, row=None) -> Conversation:
             raise RowError("weight_on_prompt", f"message {number} ({role}) asks to be trained: only answers can be")
         weights.append((1.0 if weight is None else weight) if answer else 0.0)
     kwargs = values.mapping_of(row, "chat_template_kwargs") if row is not None else {}
-    return Conversation(cleaned, weights, tools, kwargs, weighted)
+    return Conversation(cleaned, weights, tools, kwargs, weighted, tuple(dict.fromkeys(notes)))
+
+
+def _is_unread(message: Mapping, key) -> bool:
+    """Not read here; a template may do so, but most don't."""
+    return key not in _READ and key not in weighting.KEYS and message[key] not in (None, "", [], {})
+
+
+def role_of(name) -> str | None:
+    """The role that a speaker's name stands for; None for another."""
+    if name in ROLES:
+        return name
+    return _OTHER_NAMES.get(lower, lower if lower in ROLES else None) if (lower := str(name).lower()) else None
 
 
 def _message(message: Mapping, number: int) -> dict[str, Any]:
     """Role and content checked; our own fields and keys with None dropped, as `apply_chat_template` drops them."""
     role = message.get("role")
-    if role not in ROLES:
-        raise RowError("unknown_role", f"message {number} has role {role!r}, not one of {', '.join(ROLES)}")
+    if role not in ROLES and (role := role_of(role)) is None:
+        known = ", ".join((*ROLES, *_OTHER_NAMES))
+        raise RowError("unknown_role", f"message {number} has role {message.get('role')!r}, not one of {known}")
     if len(message) == 2 and isinstance(content := message.get("content"), str):  # nearly all messages
         values.check_text(content, f"message {number}")
         return {"role": role, "content": content}
-    cleaned = {k: v for k, v in message.items() if v is not None and k not in ("train", "weight")}
+    cleaned = {k: v for k, v in message.items() if v is not None and k not in weighting.KEYS} | {"role": role}
+    values.refuse_media(cleaned, f"message {number}")
     content = cleaned.get("content")
     if isinstance(content, list):
         cleaned["content"] = content = _joined_parts(content, number)
     if content is not None and not isinstance(content, str):
         raise RowError("wrong_type", f"message {number}: content is {values.kind(content)}, not text")
+    if "function_call" in cleaned:  # OpenAI's older way
+        call = values.decoded(cleaned.pop("function_call"), f"message {number}: function_call")
+        cleaned["tool_calls"] = [{"type": "function", "function": call}, *(cleaned.get("tool_calls") or [])]
     if "tool_calls" in cleaned:
         calls = values.decoded(cleaned["tool_calls"], f"message {number}: tool_calls")
         if not isinstance(calls, list):
@@ -94,12 +113,12 @@ def _message(message: Mapping, number: int) -> dict[str, Any]:
             cleaned["tool_calls"] = [_tool_call(call, number) for call in calls]
         else:
             del cleaned["tool_calls"]
-    for name in ("content", *_REASONING):
+    for name in ("content", *REASONING):
         if isinstance(cleaned.get(name), str):
             values.check_text(cleaned[name], f"message {number}")
-    if content is None and "tool_calls" not in cleaned and not any(name in cleaned for name in _REASONING):
+    if content is None and "tool_calls" not in cleaned and not any(name in cleaned for name in REASONING):
         raise RowError("empty_message", f"message {number} ({role}) has no content")
-    reasoning = next((cleaned[name] for name in _REASONING if name in cleaned), None)
+    reasoning = next((cleaned[name] for name in REASONING if name in cleaned), None)
     if reasoning is not None:  # the names templates read it under, as transformers fills them in
         cleaned = {"thinking": reasoning, **cleaned, "reasoning_content": reasoning}
     return cleaned
@@ -110,7 +129,7 @@ def _joined_parts(parts: list, number: int) -> str:
     for part in parts:
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        elif isinstance(part, Mapping) and part.get("type", "text") in _TEXTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
             kind = part.get("type") if isinstance(part, Mapping) else values.kind(part)
@@ -157,26 +176,14 @@ def _json(function: Mapping[str, Any]) -> str:
     return json.dumps(function.get("arguments", {}), ensure_ascii=False)
 
 
-def _weight(message: Mapping, number: int) -> float | None:
-    """From `train` (bool) and `weight` (a number >= 0); None where neither is there."""
-    train, weight = message.get("train"), message.get("weight")
-    if train is None and weight is None:
-        return None
-    if train is not None and not isinstance(train, (bool, int)):
-        raise RowError("bad_weight", f"message {number}: train is {train!r}, not true or false")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
-        raise RowError("bad_weight", f"message {number}: weight is {weight!r}, not a number")
-    value = (1.0 if weight is None else float(weight)) * (1.0 if train is None else float(bool(train)))
-    if not math.isfinite(value) or value < 0:
-        raise RowError("bad_weight", f"message {number}: weight {weight!r} is not a finite number from 0 up")
-    return value
-
-
 def tools_of(row) -> list[Any] | None:
-    """JSON schemas, given as a list or as JSON text."""
+    """JSON schemas, given as a list or as JSON text; or OpenAI's older `functions`."""
     tools = row.get("tools")
     if tools is None or tools == "" or tools == []:
-        return None
+        if not row.get("functions"):
+            return None
+        functions = values.list_of(row, "functions")
+        return tools_of({"tools": [{"type": "function", "function": function} for function in functions]})
     tools = values.decoded(tools, "tools")
     if not isinstance(tools, list):
         raise RowError("wrong_type", f"tools is {values.kind(tools)}, not a list of JSON schemas")
@@ -184,117 +191,6 @@ def tools_of(row) -> list[Any] | None:
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError("wrong_type", "tools holds something that is not a JSON schema")
     return tools or None
-
-
-def sharegpt(row) -> Iterator[Conversation]:
-    """from/value turns, as ShareGPT has them."""
-    messages = []
-    for number, turn in enumerate(values.list_of(row, "conversations")):
-        if not isinstance(turn, Mapping):
-            raise RowError("wrong_type", f"turn {number} is {values.kind(turn)}, not an object with from and value")
-        if "role" in turn and "from" not in turn:
-            messages.append(turn)
-            continue
-        who = turn.get("from")
-        kept = {key: turn[key] for key in ("train", "weight") if key in turn}
-        if who == "function_call":
-            call = values.decoded(turn.get("value"), f"turn {number}: the function call")
-            messages.append({"role": "assistant", "tool_calls": call if isinstance(call, list) else [call], **kept})
-        elif who in _SHAREGPT_ROLES:
-            messages.append({"role": _SHAREGPT_ROLES[who], "content": turn.get("value"), **kept})
-        else:
-            raise RowError("unknown_role", f"turn {number} is from {who!r}, not one of {', '.join(_SHAREGPT_ROLES)}")
-    yield conversation(_with_system(row, messages), tools_of(row), row)
-
-
-def _with_system(row, messages: list, key: str = "system") -> list:
-    system = row.get(key)
-    if system and (not messages or messages[0].get("role") != "system"):
-        return [{"role": "system", "content": system}, *messages]
-    return messages
-
-
-def instruction(answer: str, extra: str):
-    """Alpaca and Dolly: an instruction, an optional text it is about, an answer."""
-
-    def parser(row) -> Iterator[Conversation]:
-        instruction, more = values.text_of(row, "instruction"), row.get(extra) or ""
-        if not isinstance(more, str):
-            raise RowError("wrong_type", f"{extra} is {values.kind(more)}, not text")
-        messages = []
-        for pair in values.decoded(row.get("history") or [], "history"):
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise RowError("wrong_type", "history is not a list of [question, answer] pairs")
-            messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-        content = f"{instruction}\n\n{more}" if more.strip() else instruction
-        messages += [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": values.text_of(row, answer)},
-        ]
-        yield conversation(_with_system(row, messages))
-
-    return parser
-
-
-def user_assistant(row) -> Iterator[Conversation]:
-    """User and Assistant, texts or lists of equal length; Template is the system text."""
-    sides = []
-    for key in ("User", "Assistant"):
-        value = row.get(key)
-        if isinstance(value, str) and not value.lstrip().startswith("["):
-            value = [value]
-        elif isinstance(value, str):
-            try:
-                decoded = orjson.loads(value)
-            except orjson.JSONDecodeError:
-                decoded = None
-            value = decoded if isinstance(decoded, list) else [value]
-        if not isinstance(value, (list, tuple)):
-            raise RowError("wrong_type", f"{key} is {values.kind(value)}, not text or a list of texts")
-        sides.append(value)
-    if len(sides[0]) != len(sides[1]):
-        raise RowError("unequal_turns", f"User has {len(sides[0])} turns and Assistant {len(sides[1])}")
-    messages = []
-    for question, answer in zip(*sides, strict=True):
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    yield conversation(_with_system(row, messages, "Template"))
-
-
-def oasst(row) -> Iterator[Conversation]:
-    """An OpenAssistant tree: one conversation for each path."""
-    root = row["prompt"] if isinstance(row.get("prompt"), Mapping) else row
-    paths = _tree_paths(root)
-    if not paths:
-        raise RowError("no_assistant_turn", "no path of the tree has an answer in it")
-    for path in paths:
-        yield conversation(path)
-
-
-def _tree_paths(root: Mapping) -> list[list[dict]]:
-    """All paths from the root to a leaf, each up to its last answer; those that become equal are taken once."""
-    roles = {"prompter": "user", "user": "user", "assistant": "assistant", "system": "system"}
-    paths, stack = {}, [(root, ())]
-    while stack:
-        node, above = stack.pop()
-        if not isinstance(node, Mapping):
-            raise RowError("wrong_type", f"a reply of the tree is {values.kind(node)}, not an object")
-        if node.get("deleted"):
-            continue
-        role = roles.get(node.get("role"))
-        if role is None:
-            raise RowError("unknown_role", f"the tree has role {node.get('role')!r}, not prompter or assistant")
-        path = (*above, (role, values.text_of(node, "text")))
-        replies = [
-            reply for reply in node.get("replies") or [] if not (isinstance(reply, Mapping) and reply.get("deleted"))
-        ]
-        stack += [(reply, path) for reply in reversed(replies)]
-        if not replies:
-            while path and path[-1][0] != "assistant":
-                path = path[:-1]
-            if path:
-                paths[path] = None
-    longest = [path for path in paths if not any(other[: len(path)] == path and other != path for other in paths)]
-    return [[{"role": role, "content": text} for role, text in path] for path in longest]
 
 
 def join_same_speaker(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:

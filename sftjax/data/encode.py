@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from sftjax.data.tokenizer import Tokenizer
 from sftjax.data.types import RowError, Sample
 from sftjax.errors import ConfigError
 
-VERSION = 1  # raised when the same row would give other samples, so that nothing stale is used
+VERSION = 2  # raised when the same row would give other samples, so that nothing stale is used
 _SHORT_HEAD = 200  # characters; shorter stretches of prompts repeat from row to row, and are kept
 _MAX_KEPT_HEADS = 4096
 
@@ -51,6 +52,10 @@ class RowEncoder:
         control_text: str = "plain",
         template_kwargs: Mapping[str, object] | None = None,
     ):
+        if unknown := sorted(set(fields or {}) - formats.FIELDS):
+            raise ConfigError(
+                f"fields: no format has a field {unknown[0]!r}; known are {', '.join(sorted(formats.FIELDS))}"
+            )
         for name, value, choices in (
             ("train_on", train_on, ("all", "last", "weights")),
             ("on_mask_error", on_mask_error, ("unroll", "drop", "raise")),
@@ -115,7 +120,7 @@ class RowEncoder:
     def _prepare(self, row) -> list | RowError:
         try:
             examples = list(formats.parse(row, self.format, self.fields))
-            parts = [part for example in examples for part in self._render(example)]
+            parts = [_noted(part, example.notes) for example in examples for part in self._render(example)]
         except RowError as error:
             return error
         return parts or RowError("nothing_trained", "no sample came of it")
@@ -183,7 +188,7 @@ class RowEncoder:
         if isinstance(part, Tokens):
             if int(part.ids.max()) >= tokenizer.vocab_size:
                 raise RowError("bad_ids", f"id {part.ids.max()} is not in the vocabulary of {tokenizer.vocab_size}")
-            return _Draft(part.ids, part.weights.copy(), (), ())
+            return _Draft(part.ids, part.weights.copy(), part.notes, ())
         if part.prompt_length is not None:
             return self._draft_text(part, encoded)
         masked = masks.mask(tokenizer, part, encoded)
@@ -229,6 +234,11 @@ class RowEncoder:
         for key, alone in found.items():
             if len(key[0]) <= _SHORT_HEAD and len(self._heads) < _MAX_KEPT_HEADS:
                 self._heads[key] = alone
+
+
+def _noted(part: Tokens | masks.Rendered, notes: tuple[str, ...]) -> Tokens | masks.Rendered:
+    """Notes on the row join the sample's flags."""
+    return replace(part, flags=(*part.flags, *notes)) if notes and isinstance(part, masks.Rendered) else part
 
 
 class _Draft:

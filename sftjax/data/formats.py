@@ -2,30 +2,36 @@
 
 | format             | keys                                                                     | becomes      |
 |--------------------|--------------------------------------------------------------------------|--------------|
-| messages           | messages: [{role, content, tool_calls?, train?, weight?}], tools?        | conversation |
-| sharegpt           | conversations: [{from, value}], system?, tools?                          | conversation |
+| messages           | messages: turns, tools?                                                  | conversation |
+| sharegpt           | conversations, conversation, dialogue, turns, data, ...: turns; tools?   | conversation |
 | alpaca             | instruction, input?, output, system?, history?: [[question, answer]]     | conversation |
 | dolly              | instruction, context?, response                                          | conversation |
+| question_answer    | question/query/prompt/inputs/..., answer/response/output/targets/...     | conversation |
+| tool_query         | query, tools, answers (calls): xLAM                                      | conversation |
+| preference         | chosen (and rejected), prompt?                                           | conversation |
 | user_assistant     | User, Assistant (texts, or lists of equal length), Template?             | conversation |
 | oasst              | prompt: {role, text, replies: [...]} (a tree: one for each path)         | conversation |
 | prompt_completion  | prompt, completion (texts, or lists of messages)                         | either       |
 | text               | text                                                                     | text         |
 | tokens             | input_ids, labels? | weights? | loss_mask?, attention_mask?              | tokens       |
 
+How turns may be written: `turns`. What a message may say of its weight: `weighting`. A column `system` or
+`system_prompt` is the system text of a conversation without one. Columns with text that no format reads are noted.
 Values may be JSON text where a list is due (CSV and Parquet have it so), and a dict of lists where a list of dicts is
 due (TFDS and Arrow). No key is ever filled in with None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import orjson
 
-from sftjax.data import conversations, values
-from sftjax.data.conversations import Conversation
+from sftjax.data import columns, turns, values, weighting
+from sftjax.data.conversations import REASONING, Conversation
 from sftjax.data.types import RowError
 from sftjax.errors import ConfigError
 
@@ -36,6 +42,7 @@ class Text:
 
     prompt: str
     completion: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Tokens:
 
     ids: np.ndarray
     weights: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 Example = Conversation | Text | Tokens
@@ -54,31 +62,57 @@ def detect(row: Mapping[str, Any]) -> str:
     keys = row.keys()
     if keys >= {"message_id", "parent_id", "role"} and "replies" not in keys:
         raise RowError("unknown_format", "one message of an OpenAssistant tree a row: use the file with whole trees")
-    for name, needed in _DETECT:
-        if needed <= keys:
-            if name == "prompt_completion" and isinstance(row["prompt"], Mapping):
-                continue
+    for name, fits in _DETECT:
+        if fits(row):
             return name
-    if "prompt" in keys and isinstance(row["prompt"], Mapping):
-        return "oasst"
-    raise RowError(
-        "unknown_format",
-        f"keys {sorted(map(str, keys))[:12]} are of no known format: set data.format, or map fields, for example "
-        "fields={'prompt': 'question', 'completion': 'answer'}",
-    )
+    raise RowError("unknown_format", f"keys {sorted(map(str, keys))[:12]} are of no known format: {_advice(row)}")
 
 
-_DETECT = (
-    ("messages", {"messages"}),
-    ("sharegpt", {"conversations"}),
-    ("tokens", {"input_ids"}),
-    ("user_assistant", {"User", "Assistant"}),
-    ("alpaca", {"instruction", "output"}),
-    ("dolly", {"instruction", "response"}),
-    ("prompt_completion", {"prompt", "completion"}),
-    ("oasst", {"replies", "text"}),
-    ("text", {"text"}),
+def _has(*needed: str) -> Callable[[Mapping], bool]:
+    return lambda row: row.keys() >= set(needed)
+
+
+def _listed(row: Mapping) -> bool:
+    """Turns in a column that could hold something else."""
+    return any(isinstance(row.get(name), (list, tuple, np.ndarray)) and len(row[name]) for name in turns.COLUMNS[2:])
+
+
+def _paired(row: Mapping) -> bool:
+    question = next((name for name in columns.QUESTIONS if name in row), None)
+    return question is not None and any(name in row for name in columns.ANSWERS if name != question)
+
+
+_DETECT: tuple[tuple[str, Callable[[Mapping], bool]], ...] = (
+    ("messages", _has("messages")),
+    ("sharegpt", _has("conversations")),
+    ("tokens", _has("input_ids")),
+    ("sharegpt", lambda row: _listed(row) and "text" not in row),
+    ("user_assistant", _has("User", "Assistant")),
+    ("tool_query", _has("query", "tools", "answers")),
+    ("preference", lambda row: "chosen" in row and "messages" not in row),
+    ("alpaca", _has("instruction", "output")),
+    ("dolly", _has("instruction", "response")),
+    ("prompt_completion", lambda row: _has("prompt", "completion")(row) and not isinstance(row["prompt"], Mapping)),
+    ("oasst", lambda row: isinstance(row.get("prompt"), Mapping) and "replies" in row["prompt"]),
+    ("question_answer", _paired),
+    ("oasst", _has("replies", "text")),
+    ("text", _has("text")),
 )
+
+
+def _advice(row: Mapping) -> str:
+    """How to name the columns of a row of no known format, so that it becomes a conversation."""
+    for name, value in row.items():
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+            return f"if {name!r} holds the turns, give its source fields={{'messages': {str(name)!r}}}"
+    texts = [str(name) for name, value in row.items() if isinstance(value, str) and value.strip()]
+    longer = [name for name in texts if values.texts_in(row[name])] if len(texts) > 2 else texts
+    names = longer if len(longer) > 1 else texts
+    question, answer = (names[0], names[-1]) if len(names) > 1 else ("COLUMN", "COLUMN")
+    return (
+        "name the columns that hold a question and its answer, for example "
+        f"fields={{'question': {question[:30]!r}, 'answer': {answer[:30]!r}}} in the source's dict"
+    )
 
 
 def parse(row: Mapping[str, Any], format: str = "auto", fields: Mapping[str, str] | None = None) -> Iterator[Example]:
@@ -96,12 +130,68 @@ def parse(row: Mapping[str, Any], format: str = "auto", fields: Mapping[str, str
     if not isinstance(row, Mapping):
         raise RowError("not_an_object", f"the row is {values.kind(row)}, not an object with keys")
     if fields:
-        row = {**row, **{ours: row[theirs] for ours, theirs in fields.items() if theirs in row}}
+        theirs = {name: ours for ours, name in fields.items() if name in row}
+        row = {
+            **{key: value for key, value in row.items() if key not in theirs and key not in fields},
+            **{ours: row[name] for name, ours in theirs.items()},
+        }
+    values.refuse_media(row, "the row")
     if format == "auto":
-        format = detect(row)
+        try:
+            format = detect(row)
+        except RowError:  # columns of tables are often Capitalised
+            lowered = {str(key).lower(): value for key, value in row.items()}
+            if len(lowered) < len(row) or lowered.keys() == row.keys():
+                raise
+            format = detect(lowered)
+            row = lowered
     if format not in PARSERS:
         raise ConfigError(f"data.format={format!r} is not one of auto, {', '.join(PARSERS)}")
-    yield from PARSERS[format](row)
+    for example in PARSERS[format](row):
+        unread = unread_columns(row, example) if row.keys() - _ALWAYS_READ else ()
+        yield replace(example, notes=(*example.notes, *unread)) if unread else example
+
+
+_OTHER_FIELDS = """
+answers tools functions chosen history text replies User Assistant Template chat_template_kwargs
+input_ids labels weights loss_mask completion_mask assistant_masks attention_mask
+"""
+FIELDS = frozenset(  # that a source's `fields` may name columns for
+    name
+    for names in (turns.COLUMNS, turns.SYSTEM_COLUMNS, columns.QUESTIONS, columns.ANSWERS, columns.EXTRAS, REASONING)
+    for name in (*names, *_OTHER_FIELDS.split())
+)
+_ALWAYS_READ = frozenset(("messages", "conversations", "tools", "functions", "chat_template_kwargs", "input_ids"))
+_WISHES = frozenset((*weighting.KEYS, "labels", "label"))  # said of a whole row, where nothing reads them
+
+
+def unread_columns(row: Mapping, example: Example) -> tuple[str, ...]:
+    """Notes on columns with text that isn't in the example, and on those that ask for something."""
+    notes, read = [], None
+    for key, value in row.items():
+        if key in _ALWAYS_READ or (isinstance(key, str) and key.startswith("_")):
+            continue
+        if key in _WISHES and value is not None and not isinstance(example, Tokens):
+            notes.append(values.note("unread_column", key))
+            continue
+        texts = values.texts_in(value)
+        if texts and read is None:
+            read = _texts_of(example)
+        if any(not any(text in one for one in read) for text in texts):
+            notes.append(values.note("unread_column", key))
+    return tuple(notes)
+
+
+def _texts_of(example: Example) -> list[str]:
+    if isinstance(example, Text):
+        return [example.prompt, example.completion]
+    if isinstance(example, Tokens):
+        return []
+    found = []
+    for message in example.messages:
+        found += [message[key] for key in ("content", "reasoning_content") if isinstance(message.get(key), str)]
+        found += [orjson.dumps(call, default=str).decode() for call in message.get("tool_calls", ())]
+    return found
 
 
 # --- texts and tokens --------------------------------------------------------------------------------------------
@@ -109,25 +199,15 @@ def parse(row: Mapping[str, Any], format: str = "auto", fields: Mapping[str, str
 
 def _prompt_completion(row) -> Iterator[Example]:
     prompt, completion = row.get("prompt"), row.get("completion")
+    if row.get("label") is False:  # sets for KTO hold good and bad answers
+        raise RowError("rejected_answer", "label is false: an answer that is not wanted")
     if isinstance(completion, (list, Mapping)) or isinstance(prompt, list):
-        prompt, completion = _messages_of(prompt, "prompt"), _messages_of(completion, "completion")
-        conversation = conversations.conversation([*prompt, *completion], conversations.tools_of(row), row)
-        weights = [0.0] * len(prompt) + conversation.weights[len(prompt) :]
-        yield Conversation(
-            conversation.messages, weights, conversation.tools, conversation.kwargs, conversation.weighted
-        )
+        yield from columns.prompt_and_messages(row)
         return
     completion = values.text_of(row, "completion")
     if not completion.strip():
         raise RowError("empty_answer", "the completion is empty")
     yield Text(values.text_of(row, "prompt"), completion)
-
-
-def _messages_of(value, key: str) -> list:
-    value = values.decoded(value, key) if not isinstance(value, Mapping) else [value]
-    if not isinstance(value, list):
-        raise RowError("wrong_type", f"{key} is {values.kind(value)}, and its counterpart a list of messages")
-    return value
 
 
 def _plain_text(row) -> Iterator[Example]:
@@ -180,12 +260,15 @@ def _array(row, key: str, length: int | None = None) -> np.ndarray:
 
 
 PARSERS = {
-    "messages": conversations.messages,
-    "sharegpt": conversations.sharegpt,
-    "alpaca": conversations.instruction("output", "input"),
-    "dolly": conversations.instruction("response", "context"),
-    "user_assistant": conversations.user_assistant,
-    "oasst": conversations.oasst,
+    "messages": turns.messages,
+    "sharegpt": turns.sharegpt,
+    "alpaca": columns.pair(("instruction",), ("output",)),
+    "dolly": columns.pair(("instruction",), ("response",)),
+    "question_answer": columns.pair(columns.QUESTIONS, columns.ANSWERS),
+    "tool_query": columns.tool_query,
+    "preference": columns.preference,
+    "user_assistant": turns.user_assistant,
+    "oasst": turns.oasst,
     "prompt_completion": _prompt_completion,
     "text": _plain_text,
     "tokens": _tokens,

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sftjax.data import files
+from sftjax.data import files, weighting
 from sftjax.errors import ConfigError, DataError, StorageError
 
 _SUFFIXES = {
@@ -31,7 +31,7 @@ _SUFFIXES = {
     ".text": "text",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_OWN_KEYS = {"path", "split", "name", "unit", "data_dir", "revision"}
+_OWN_KEYS = {"path", "split", "config", "name", "unit", "data_dir", "revision"}
 MIXTURE_KEYS = ("weight", "proportion", "max_epochs", "loss_weight")
 _SPEC_KEYS = frozenset({*_OWN_KEYS, *MIXTURE_KEYS, "format", "fields"})
 
@@ -73,10 +73,7 @@ def open_source(spec: Mapping[str, Any] | str) -> Source:
       DataError: a file can't be read as what it is said to be.
     """
     spec = {"path": spec} if isinstance(spec, (str, os.PathLike)) else dict(spec)
-    if unknown := set(spec) - _SPEC_KEYS:
-        raise ConfigError(f"data source: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(_SPEC_KEYS))}")
-    if not spec.get("path"):
-        raise ConfigError("data source: no path")
+    check_spec(spec)
     path, split = spec["path"], spec.get("split") or ""
     paths = list(path) if isinstance(path, (list, tuple)) else [os.fspath(path)]
     if paths[0].startswith(("tfds:", "hub:")):
@@ -92,6 +89,26 @@ def open_source(spec: Mapping[str, Any] | str) -> Source:
     if spec.get("name"):
         source.name = spec["name"]
     return source
+
+
+def check_spec(spec: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what can't be in a source's dict, without looking at the disk."""
+    if unknown := sorted(map(str, set(spec) - _SPEC_KEYS)):
+        raise ConfigError(f"data source: unknown key {unknown[0]!r}; known are {', '.join(sorted(_SPEC_KEYS))}")
+    path = spec.get("path")
+    if not path:
+        raise ConfigError("data source: no path")
+    if not all(isinstance(one, (str, os.PathLike)) for one in (path if isinstance(path, (list, tuple)) else [path])):
+        raise ConfigError(f"data source: path={path!r} is neither text nor a list of texts")
+    for key in MIXTURE_KEYS:
+        if (value := spec.get(key)) is not None and (problem := weighting.problem_with(value)):
+            raise ConfigError(f"data source {path}: {key}={value!r} {problem}")
+    for key in ("split", "name", "unit", "config", "data_dir", "revision", "format"):
+        if not isinstance(spec.get(key) or "", (str, os.PathLike)):
+            raise ConfigError(f"data source {path}: {key}={spec[key]!r} is not text")
+    fields = spec.get("fields") or {}
+    if not isinstance(fields, Mapping) or not all(isinstance(name, str) for pair in fields.items() for name in pair):
+        raise ConfigError(f"data source {path}: fields={fields!r} is not a dict of names, as {{'question': 'column'}}")
 
 
 # --- slices ------------------------------------------------------------------------------------------------------

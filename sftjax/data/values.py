@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 import orjson
 
 from sftjax.data.types import RowError
+
+_ODD = re.compile(r"[^\w.-]")
+MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
 
 def kind(value) -> str:
@@ -92,3 +96,45 @@ def list_of_dicts(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     if len({len(value) for value in values}) != 1:
         return None
     return [dict(zip(columns, items, strict=True)) for items in zip(*values, strict=True)]
+
+
+def refuse_media(holder: Mapping[str, Any], where: str) -> None:
+    """Refuses a row or a message with a picture, video or sound: the model wouldn't see it, and would be trained."""
+    for key, value in holder.items():
+        if isinstance(key, str) and key.lower() in MEDIA:
+            refused = not _is_empty(value)
+        else:  # a file as Arrow holds it
+            refused = isinstance(value, dict) and value.keys() == {"bytes", "path"} and any(value.values())
+        if refused:
+            raise RowError(
+                "unsupported_content",
+                f"{where} has {key!r}, and only text is read: leave such rows out, or the column where the text stands "
+                "without it",
+            )
+
+
+def _is_empty(value) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_empty, value))
+    return value is None or (isinstance(value, (str, bytes, dict)) and not value)
+
+
+# --- what is there and not read -------------------------------------------------------------------------------------
+
+
+def note(kind: str, name) -> str:
+    """A flag for the ledger that names a key of a row: short, and of letters that steer no terminal."""
+    return f"{kind}:{_ODD.sub('_', str(name))[:40]}"
+
+
+def texts_in(value, most: int = 8) -> list[str]:
+    """The first few texts of more than a word in a value, at any depth; names, numbers and dates aren't such."""
+    if isinstance(value, str):
+        return [value.strip()] if len(value.split(None, 1)) > 1 or (len(value) > 3 and not value.isascii()) else []
+    found: list[str] = []
+    if isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            found += texts_in(item, most - len(found))
+            if len(found) >= most:
+                break
+    return found

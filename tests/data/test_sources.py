@@ -280,3 +280,23 @@ def test_other_tfds_builds_are_refused_with_the_remedy(tmp_path):
         open_source({"path": "tfds:chats", "data_dir": str(tmp_path)})
     with pytest.raises(DataError, match="doesn't find it"):
         open_source({"path": "tfds:none", "data_dir": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"loss_weight": -1}, "loss_weight=-1"),
+        ({"weight": "2"}, "weight='2'"),
+        ({"weight": True}, "weight=True"),
+        ({"proportion": float("nan")}, "proportion=nan"),
+        ({"max_epochs": [1]}, "max_epochs="),
+        ({"loss_weight": 1e39}, "loss_weight="),
+        ({"fields": "question"}, "fields='question'"),
+        ({"split": 3}, "split=3"),
+        ({"path": 3}, "path=3"),
+    ],
+)
+def test_numbers_and_names_that_can_not_be_are_refused_before_anything_is_read(entry, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        open_source({"path": "nowhere.jsonl", **entry})
+    assert "\n" not in str(caught.value)
