@@ -31,6 +31,7 @@ from etils import epath
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers as policies
 
+from sftjax import paths
 from sftjax import tree as tree_lib
 from sftjax.digest import Damaged, as_json, check_documents, check_leaves, check_seal, digest, seal, signature
 from sftjax.errors import ConfigError, StorageError
@@ -142,7 +143,7 @@ class Checkpointer:
     ):
         if keep < 1:
             raise ConfigError(f"checkpoint: at least one checkpoint must be kept (got {keep})")
-        self._directory = epath.Path(directory)
+        self._directory = epath.Path(paths.absolute(directory))
         self._metric, self._sign = metric, 1.0 if greater_is_better else -1.0
         self._primary = jax.process_index() == 0
         options = ocp.CheckpointManagerOptions(
@@ -341,7 +342,7 @@ class Checkpointer:
             )
             item = check_seal(documents["digest"])
         except Exception as error:
-            raise self._damage(error) from error
+            raise _told_apart(error, self._directory) from error
         check_documents(item, {name: documents[name] for name in DOCUMENTS if name != "digest"})
         saved = {path: value.split(" ")[0] for path, value in item["leaves"].items()}
         unlike = _differences(saved, {path: signature(leaf) for path, leaf in wanted.items()})
@@ -355,19 +356,10 @@ class Checkpointer:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(tree_lib.unflatten(wanted)))
             flat = tree_lib.flatten(self._manager.restore(step, args=args)["state"])
         except Exception as error:
-            raise self._damage(error) from error
+            raise _told_apart(error, self._directory) from error
         check_leaves(item, flat)
         leaves = [_as_asked(leaf, flat[path]) for path, leaf in named]
         return Restored(step, jax.tree.unflatten(structure, leaves), documents["position"], documents["meta"])
-
-    def _damage(self, error: Exception) -> Exception:
-        """What reading raised, told apart: no memory and no permission aren't damage."""
-        if isinstance(error, Damaged | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            return error
-        if isinstance(error, PermissionError):
-            return StorageError(f"{self._directory}: {error}")
-        lines = str(error).strip().splitlines() or [""]
-        return Damaged(f"{type(error).__name__}: {lines[0][:200]}")
 
     def _put_aside(self, step: int, reason: str) -> None:
         aside = self._directory / DAMAGED
@@ -406,7 +398,7 @@ def restore_params(
     Raises:
       StorageError: there is no (sound) checkpoint, or it has no such branch.
     """
-    root = epath.Path(directory)
+    root = epath.Path(paths.absolute(directory))
     steps = (
         sorted((int(path.name) for path in root.iterdir() if path.name.isdigit()), reverse=True)
         if root.exists()
@@ -429,7 +421,7 @@ def _read_branch(folder: epath.Path, prefix: str, abstract: Any) -> tuple[dict[s
         item = check_seal(json.loads((folder / "digest" / "metadata").read_text()))
         meta = json.loads((folder / "meta" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise Damaged(str(error)) from error
+        raise _told_apart(error, folder) from error
     check_documents(item, {"meta": meta})
     chosen = {path: value for path, value in item["leaves"].items() if path.startswith(prefix + "/")}
     if not chosen:
@@ -450,9 +442,26 @@ def _read_branch(folder: epath.Path, prefix: str, abstract: Any) -> tuple[dict[s
             args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
             flat = tree_lib.flatten(reader.restore(folder / "state", args=args))
     except Exception as error:
-        raise Damaged(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from error
+        raise _told_apart(error, folder) from error
     check_leaves({"leaves": chosen}, flat)
     return tree_lib.unflatten({path.removeprefix(prefix + "/"): leaf for path, leaf in flat.items()}), meta
+
+
+# Of what reading a checkpoint raises, what says nothing about its files: of the machine, the storage, or this program.
+_NOT_DAMAGE = (MemoryError, TypeError, AttributeError, NameError, ImportError, NotImplementedError)
+_OUT_OF_REACH = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Too many open files")
+
+
+def _told_apart(error: Exception, place: Any) -> Exception:
+    """What to raise for what reading raised: `Damaged` only where the files aren't as they were written."""
+    if isinstance(error, (Damaged, *_NOT_DAMAGE)) or "RESOURCE_EXHAUSTED" in str(error):
+        return error
+    line = (str(error).strip().splitlines() or [""])[0][:200]
+    system = isinstance(error, OSError) and error.errno is not None
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if (system and not missing) or any(word in str(error) for word in _OUT_OF_REACH):
+        return StorageError(f"{place}: can't be read ({line})")
+    return Damaged(f"{type(error).__name__}: {line}")
 
 
 def _from_signature(signature: str, sharding: Sharding) -> jax.ShapeDtypeStruct:

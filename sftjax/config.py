@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import fsspec
 import ml_collections
 
+from sftjax import paths
+from sftjax.aliases import ALIASES
 from sftjax.errors import ConfigError
 
 ConfigDict = ml_collections.ConfigDict
@@ -184,6 +188,28 @@ def from_json(text: str) -> ConfigDict:
     return config
 
 
+def of_run(run_dir: str) -> ConfigDict:
+    """The configuration saved with a run; what its relative paths named there is found from any working folder.
+
+    Raises:
+      ConfigError: it isn't a run's folder, or its configuration can't be understood.
+    """
+    try:
+        with fsspec.open(f"{run_dir}/config.json", "r", encoding="utf-8") as file:
+            values = json.load(file)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{run_dir}: no config.json that can be read, so not a run's folder ({reason})") from None
+    except ValueError as error:
+        raise ConfigError(f"{run_dir}/config.json is not JSON ({error}): restore it") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{run_dir}/config.json holds no configuration: restore it")
+    there = paths.working_folder(run_dir)
+    config = defaults()
+    _update(config, paths.map_settings(values, lambda path: paths.found(path, there)), "")
+    return config
+
+
 def _update(config: ConfigDict, values: dict[str, Any], prefix: str) -> None:
     for key, value in values.items():
         path = f"{prefix}{key}"
@@ -197,14 +223,31 @@ def _update(config: ConfigDict, values: dict[str, Any], prefix: str) -> None:
 
 
 def unknown_field(path: str, config: ConfigDict, prefix: str = "") -> str:
-    """The message for a key that doesn't exist: names the nearest that does."""
-    fields = field_names(config, prefix)
-    close = difflib.get_close_matches(path, fields, n=1, cutoff=0.5)
-    if not close:
-        leaf = {name.rsplit(".", 1)[-1]: name for name in fields}
-        close = [leaf[name] for name in difflib.get_close_matches(path.rsplit(".", 1)[-1], leaf, n=1, cutoff=0.6)]
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"config: there is no field {path!r}{hint}"
+    """The message for a key that doesn't exist: what it is called here, or the nearest that does exist."""
+    return no_field(path, field_names(config, prefix))
+
+
+def no_field(path: str, fields: Sequence[str]) -> str:
+    """The same, of these fields."""
+    hint = nearest_field(path, fields)
+    return f"config: there is no field {path!r}" + (f"; did you mean {hint}?" if hint else "")
+
+
+def nearest_field(path: str, fields: Sequence[str]) -> str:
+    """The field, quoted, that somebody may have meant; first by other trainers' names. "" if nothing is near."""
+    group, _, leaf = path.rpartition(".")
+
+    def likeness(name: str) -> float:
+        """Of the last parts; the right group decides between equals."""
+        group_there, _, leaf_there = name.rpartition(".")
+        return difflib.SequenceMatcher(None, leaf, leaf_there).ratio() + 0.01 * (group == group_there)
+
+    best = max(fields, key=likeness, default="")
+    known = leaf == best.rpartition(".")[2]  # in another group
+    alias = ALIASES.get(path) or (not known and ALIASES.get(leaf.lower().replace("-", "_")))
+    if alias:
+        return repr(alias) if alias in fields else alias
+    return repr(best) if best and likeness(best) >= 0.7 else ""
 
 
 def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -228,6 +271,7 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
     Raises:
       ConfigError: names each field at fault and the remedy, all at once.
     """
+    _check_fields(config)
     problems = []
 
     def require(condition: bool, message: str) -> None:
@@ -287,6 +331,20 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
     )
     if problems:
         raise ConfigError("config: " + "; ".join(problems))
+
+
+def _check_fields(config: ConfigDict) -> None:
+    """Raises ConfigError where a `get_config` didn't start from `defaults()`."""
+    there, wanted = field_names(config), field_names(defaults())
+    missing = [name for name in wanted if name not in there and name.partition(".")[0] not in there]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ConfigError(
+            f"config: {', '.join(missing[:3])}{more} are missing: get_config has to start from sftjax.config.defaults()"
+        )
+    for name in there:
+        if name not in wanted and name.rpartition(".")[0] not in wanted:  # that of an empty group, such as no fields
+            raise ConfigError(no_field(name, wanted))
 
 
 def _batch_shards(shape: dict[str, int], num_devices: int, require) -> int:

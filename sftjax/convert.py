@@ -104,10 +104,7 @@ def _run_of(source: str) -> tuple[Path, int | None] | None:
 def _convert_run(run: Path, step: int | None, target: str, adapter: str | None, dtype: str | None) -> list[str]:
     if adapter:
         raise ConfigError("--adapter goes with a model; a run's own adapter is merged without being named")
-    settings = run / "config.json"
-    if not settings.is_file():
-        raise ConfigError(f"{run}: no config.json, so not a run folder")
-    config = config_lib.from_json(settings.read_text("utf-8"))
+    config = config_lib.of_run(str(run))
     opened = loading.open_model(
         config.model.path, chat_template=config.model.chat_template, end_of_turn=config.model.end_of_turn
     )

@@ -5,6 +5,10 @@ Each carries one clear line: what is wrong, where (file, row, field), and what t
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -48,13 +52,50 @@ class ConfigError(UserError):
 
 
 def exit_with_message(main: Callable[[], int | None]) -> None:
-    """Runs a tool's `main()` and leaves with its exit code; a `UserError` becomes one line on stderr."""
+    """Runs a tool's `main()` and leaves with its exit code; what a user can put right becomes one line on stderr."""
     try:
         code = main() or EXIT_OK
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
+        code = _say(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] == "sftjax":
+            raise
+        code = _say(missing_package(error.name), EXIT_CONFIG)
+    except BrokenPipeError:  # whoever read our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None or not error.strerror:
+            raise
+        code = _say(f"{os.fsdecode(error.filename)}: {error.strerror}", EXIT_IO)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def missing_package(module: str) -> str:
+    """What to say where an optional package isn't installed: the extra of this project that has it, or its own name."""
+    name = module.partition(".")[0]
+    packages = {package.lower().replace("_", "-") for package in PACKAGES.get(name, [name])}
+    for line in _requirements():
+        package, _, condition = line.partition(";")
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", condition)
+        if extra and re.split(r"[^\w.-]", package.strip())[0].lower().replace("_", "-") in packages:
+            return f"the package {name} is missing: pip install 'sftjax[{extra[1]}]'"
+    return f"the package {name} is missing: pip install {min(packages)}"
+
+
+PACKAGES = {"lm_eval": ["lm-eval"], "sklearn": ["scikit-learn"], "yaml": ["pyyaml"]}  # not called as their modules are
+
+
+def _requirements() -> list[str]:
+    try:
+        return importlib.metadata.requires("sftjax") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []

@@ -14,13 +14,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sftjax import compat, costs, hardware, job_data, loading, optim, program, runs, samples, stopping, tree
+from sftjax import (
+    compat,
+    costs,
+    finished,
+    hardware,
+    job_data,
+    loading,
+    optim,
+    paths,
+    program,
+    runs,
+    samples,
+    stopping,
+    tree,
+)
 from sftjax import config as config_lib
 from sftjax.data import preflight as preflights
 from sftjax.data import preview, rendering
 from sftjax.data.mixture import Mixture
 from sftjax.data.types import RowError
-from sftjax.errors import ConfigError
+from sftjax.errors import ConfigError, UserError
 from sftjax.kernels import nf4
 from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
@@ -50,6 +64,7 @@ class Job:
     prompts: list[list[dict[str, Any]]]  # conversations whose next answer is sampled
     plain_text: Mixture | None  # held out, to see what is forgotten
     preflight: preflights.Preflight | None  # whose ledger is completed while training runs
+    ledger: dict[str, Any]  # what the preflight counted
     stop: stopping.StopSignal | None = None
 
     @property
@@ -61,9 +76,7 @@ class Job:
 def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence[str]) -> Job:
     """Opens model and data, checks them, settles the program; nothing large is in memory yet."""
     job_data.check_sources(config)
-    opened = loading.open_model(
-        config.model.path, chat_template=config.model.chat_template, end_of_turn=config.model.end_of_turn
-    )
+    opened = open_model(config)
     mixture, held_out = job_data.open_data(config, opened.tokenizer)
     plain_text = job_data.open_plain_text(config, opened.tokenizer)
     job_data.check_metric(config, held_out, plain_text)
@@ -75,13 +88,7 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
         print("warning: this GPU has no bfloat16 arithmetic: model.compute_dtype='float16' is faster here")
     batching = job_data.batching_options(config, mesh)
 
-    fingerprints = {
-        "data": loading.digest(*(i.source.fingerprint() for i in mixture.ingredients)),
-        "template": loading.digest(opened.tokenizer.template.text if opened.tokenizer.template else ""),
-        "tokenizer": opened.tokenizer.fingerprint(),
-        "weights": opened.fingerprint(),
-    }
-    ledger = settle_settings(config, folder, fingerprints, allow)
+    ledger = settle_settings(config, folder, fingerprints(opened, mixture), allow)
     report = preflights.run(
         mixture,
         opened.tokenizer,
@@ -119,11 +126,41 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
         samples.choose_prompts(config.eval.prompts, held_out, config.eval.num_samples),
         plain_text,
         None if keep else report,
+        ledger if keep else report.to_dict(),
     )
 
 
+def open_model(config: config_lib.ConfigDict) -> loading.Opened:
+    """The model that a configuration names, with its chat template."""
+    return loading.open_model(
+        config.model.path, chat_template=config.model.chat_template, end_of_turn=config.model.end_of_turn
+    )
+
+
+def fingerprints(opened: loading.Opened, mixture: Mixture) -> dict[str, str]:
+    """What a run's data, template, tokenizer and weights are known by."""
+    return {
+        "data": loading.digest(*(i.source.fingerprint() for i in mixture.ingredients)),
+        "template": loading.digest(opened.tokenizer.template.text if opened.tokenizer.template else ""),
+        "tokenizer": opened.tokenizer.fingerprint(),
+        "weights": opened.fingerprint(),
+    }
+
+
+def check_finished(config: config_lib.ConfigDict, folder: runs.RunFolder) -> None:
+    """Raises ConfigError where a finished run isn't the one that is asked for, in its settings or in its data."""
+    settings, defaults = (json.loads(config_lib.to_json(one)) for one in (config, config_lib.defaults()))
+    finished.check(folder, settings, defaults)
+    try:
+        opened = open_model(config)
+        now = fingerprints(opened, job_data.open_data(config, opened.tokenizer)[0])
+    except UserError:  # the files are gone, as they may be
+        return
+    finished.check(folder, settings, defaults, now)
+
+
 def settle_settings(
-    config: config_lib.ConfigDict, folder: runs.RunFolder, fingerprints: dict[str, str], allow: Sequence[str]
+    config: config_lib.ConfigDict, folder: runs.RunFolder, prints: dict[str, str], allow: Sequence[str]
 ) -> dict[str, Any] | None:
     """Writes down what the run is; of one that goes on, checks that it is still the same.
 
@@ -132,13 +169,15 @@ def settle_settings(
     """
     settings, ledger = json.loads(config_lib.to_json(config)), None
     saved = folder.read_json("config.json")
-    if saved is not None:
+    if saved is not None and folder.has_checkpoints():
         before = (folder.read_json("environment.json") or {}).get("fingerprints", {})
-        print(*runs.check_resume(saved, settings, before, fingerprints, allow=allow), sep="\n")
-        if before == fingerprints and all(change.verdict == "free" for change in runs.changes(saved, settings)):
+        now = paths.spelled_as(saved, paths.working_folder(folder.path), settings)
+        for line in runs.check_resume(saved, now, before, prints, allow=allow):
+            print(line)
+        if before == prints and all(change.verdict == "free" for change in runs.changes(saved, now)):
             ledger = folder.read_json("preflight.json")
     folder.write_json("config.json", settings)
-    folder.write_json("environment.json", runs.environment(fingerprints))
+    folder.write_json("environment.json", runs.environment(prints))
     return ledger
 
 
@@ -283,7 +322,7 @@ def write_masks(folder: runs.RunFolder, mixture: Mixture, tokenizer, count: int 
                 lines.append(
                     {"source": ingredient.source.name, "index": row, "sample": sample.sample, "pieces": pieces}
                 )
-    runs.write_text(folder.file("masks.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+    folder.write_text("masks.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def describe_model(config, opened: loading.Opened, job_program: program.Program) -> dict[str, Any]:

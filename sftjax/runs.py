@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import fsspec
 import jax
 
+from sftjax import paths
 from sftjax.errors import ConfigError, StorageError
 from sftjax.lock import FolderLock
 
@@ -43,26 +44,28 @@ PACKAGES = (
 class RunFolder:
     """One run's folder, local or remote (`gs://...`), held by this process until `close`."""
 
-    def __init__(self, path: str, lock: FolderLock | None):
+    def __init__(self, path: str, lock: FolderLock | None, *, writes: bool = True):
         self.path = path
         self._lock = lock
+        self._writes = writes
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, primary: bool = True) -> RunFolder:
+    def open(cls, path: str | os.PathLike[str], *, primary: bool = True, dry_run: bool = False) -> RunFolder:
         """Makes the folder, proves that it can be written, and locks it.
 
         Args:
           path: the folder.
           primary: False in processes other than the first, which write nothing here but checkpoints.
+          dry_run: only look: nothing is made, locked or written, by any method.
 
         Raises:
           StorageError: it can't be written, or another process has it.
         """
-        path = str(path).rstrip("/")
-        if "://" not in path:
-            path = os.path.abspath(os.path.expanduser(path))
-        if not primary:
-            return cls(path, None)
+        path = paths.absolute(str(path).rstrip("/"))
+        if dry_run:
+            _look_writable(path)
+        if not primary or dry_run:
+            return cls(path, None, writes=not dry_run)
         _prove_writable(path)
         return cls(path, FolderLock(path))
 
@@ -96,7 +99,21 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file in one piece; secrets in it are blanked out."""
-        write_text(self.file(name), json.dumps(redact(value), indent=2, default=str) + "\n")
+        self.write_text(name, json.dumps(redact(value), indent=2, default=str) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file in one piece."""
+        if self._writes:
+            write_text(self.file(name), text)
+
+    def has_checkpoints(self) -> bool:
+        """Whether anything was saved: a run that has no checkpoint, not even a damaged one, hasn't begun."""
+        files, root = fsspec.core.url_to_fs(self.checkpoints)
+        try:
+            names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in files.ls(root, detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return any(name.isdigit() or name == "damaged" for name in names)
 
     def cut_back(self, step: int | None) -> None:
         """Removes what was logged after `step` (None: everything), and a last line that was cut short, so that
@@ -130,6 +147,23 @@ def _prove_writable(path: str) -> None:
         raise StorageError(f"{path}: the run folder can't be written ({reason}); choose another run_dir") from error
 
 
+def _look_writable(path: str) -> None:
+    """The same without a trace, as far as that can be known: of local folders, by what is there of the path."""
+    if "://" in path:
+        return
+    there = _existing(path)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        reason = "Permission denied" if os.path.isdir(there) else f"{there} is a file"
+        raise StorageError(f"{path}: the run folder can't be written ({reason}); choose another run_dir")
+
+
+def _existing(path: str) -> str:
+    """The path, or the nearest folder above it that exists."""
+    while not os.path.lexists(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return path
+
+
 def check_space(path: str, needed: int, what: str) -> None:
     """Raises `StorageError` if a local folder can't grow to `needed` bytes, of which it may have some already."""
     there = sum(
@@ -138,7 +172,7 @@ def check_space(path: str, needed: int, what: str) -> None:
         for name in names
         if os.path.isfile(os.path.join(folder, name))
     )
-    free = shutil.disk_usage(path).free
+    free = shutil.disk_usage(_existing(path)).free
     if free + there < needed:
         raise StorageError(
             f"{path}: {free / 1e9:.2f} GB are free on this disk, and the run needs up to "
@@ -208,6 +242,7 @@ def environment(fingerprints: Mapping[str, str] | None = None) -> dict[str, Any]
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
         "process_count": jax.process_count(),
+        "working_folder": os.getcwd(),  # what relative paths of the configuration begin at
         "fingerprints": dict(fingerprints or {}),
     }
 

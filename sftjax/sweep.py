@@ -22,9 +22,10 @@ from typing import Any
 import jax
 
 from sftjax import config as config_lib
-from sftjax import report, runs, train
+from sftjax import finished, report, runs, train
 from sftjax.charts import Series, number, smooth
 from sftjax.errors import ConfigError, Diverged, Preempted, UserError
+from sftjax.job import check_finished
 from sftjax.weights.files import is_remote
 
 MAX_CURVES = 8  # colours that an eye can tell apart
@@ -133,7 +134,9 @@ def run(config: config_lib.ConfigDict, text: str, *, allow: Sequence[str] = (), 
     earlier = {entry["name"]: entry for entry in _earlier(config.run_dir)}
     for one in each:
         config_lib.check(one, num_devices=jax.device_count())
-        _refuse_another(one)
+        folder = runs.RunFolder.open(one.run_dir, dry_run=True)
+        if folder.read_json(finished.SUMMARY):
+            check_finished(one, folder)
     results = [{"name": name, "settings": settings} for name, settings in zip(names(grid), grid, strict=True)]
     code = 0
     for position, (one, result) in enumerate(zip(each, results, strict=True), 1):
@@ -164,21 +167,6 @@ def _train(config: config_lib.ConfigDict, allow: Sequence[str], dry_run: bool) -
     except UserError as error:
         return error
     return None
-
-
-def _refuse_another(config: config_lib.ConfigDict) -> None:
-    """A finished run isn't trained again, so it must be the one that is asked for."""
-    if not (saved := report.Run(config.run_dir)).summary:
-        return
-    changed = [
-        str(change)
-        for change in runs.changes(saved.config, json.loads(config_lib.to_json(config)))
-        if change.verdict != "free"
-    ]
-    if changed:
-        raise ConfigError(
-            f"{config.run_dir}: this run is finished, with other settings ({'; '.join(changed)}): give another run_dir"
-        )
 
 
 def _earlier(folder: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import time
@@ -19,34 +20,42 @@ from typing import Any
 import jax
 import numpy as np
 
-from sftjax import compat, divergence, finish, plan, runs, samples, stopping, topology, tree
+from sftjax import compat, divergence, finish, finished, plan, runs, samples, stopping, topology, tree
 from sftjax import config as config_lib
 from sftjax.data import pipeline as pipelines
 from sftjax.errors import ConfigError, Diverged
 from sftjax.evaluate import Evaluation, Patience, evaluate
-from sftjax.job import Job, load_variables, setup
+from sftjax.job import Job, check_finished, load_variables, setup
 from sftjax.runlog import RunLog
 
 
-def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bool = False) -> int:
+def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bool = False, preflight: str = "") -> int:
     """Trains as the configuration says, from the start or from where the same run folder stands.
+
+    Args:
+      dry_run: everything up to the first step, and nothing is left behind, but the data's ledger in the file
+        `preflight`, where one is given.
 
     Raises:
       UserError: with the exit code of its kind (see `errors`).
     """
-    use_compile_cache()
+    if not dry_run:
+        use_compile_cache()
     config_lib.check(config, num_devices=jax.device_count())
     with (
-        runs.RunFolder.open(config.run_dir, primary=jax.process_index() == 0) as folder,
+        runs.RunFolder.open(config.run_dir, primary=jax.process_index() == 0, dry_run=dry_run) as folder,
         stopping.StopSignal(before_exit=folder.release) as stop,
     ):
         with stop.nothing_to_lose("preparing"):
-            if folder.read_json("summary.json"):
-                print(f"{folder.path}: this run is finished. Give another run_dir to train again.")
+            if folder.read_json(finished.SUMMARY):
+                check_finished(config, folder)
+                print(f"{folder.path}: this run is finished. Add --new to train again in a new folder.")
                 return 0
             job = setup(config, folder, allow)
             print(plan.summary(plan.step_of(config, job.program, topology.here())))
             if dry_run:
+                if preflight:
+                    runs.write_text(preflight, json.dumps(job.ledger, indent=2) + "\n")
                 return 0
             state, frozen, progress = restore(job)
         job = dataclasses.replace(job, stop=stop)
@@ -61,19 +70,17 @@ def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bo
     return 0
 
 
-def resume(run_dir: str, *, config=None, allow: Sequence[str] = (), dry_run: bool = False) -> int:
+def resume(
+    run_dir: str, *, config=None, allow: Sequence[str] = (), dry_run: bool = False, preflight: str = ""
+) -> int:
     """Continues a run with the configuration saved in its folder.
 
     Raises:
       ConfigError: there is no run in that folder.
     """
-    path = os.path.join(run_dir, "config.json")
-    if not os.path.exists(path):
-        raise ConfigError(f"{run_dir}: no config.json, so there is no run to resume; start one with --config=FILE")
-    with open(path, encoding="utf-8") as file:
-        saved = config_lib.from_json(file.read())
+    saved = config_lib.of_run(run_dir)
     saved.run_dir = run_dir  # the folder may have been moved
-    return run(saved if config is None else config, allow=allow, dry_run=dry_run)
+    return run(saved if config is None else config, allow=allow, dry_run=dry_run, preflight=preflight)
 
 
 def use_compile_cache() -> None:

@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"main", "convert", "chat", "inference", "plan_scaling", "assess", "bench_data", "bench_loading"}
     | {"bench_preparing", "step_profile"},
-    {"bench_methods"},
+    {"bench_methods", "config_file"},
     {"sweep"},
     {"train", "plan_search", "bench", "serve", "synth"},
     {"plan"},
     {"job"},
     {"job_data", "chat", "finish", "inference"},
     {"doctor", "evaluate", "loading", "samples", "score", "runlog", "topology"},
-    {"generate", "report", "costs", "divergence"},
+    {"generate", "report", "costs", "divergence", "finished"},
     {"program"},
     {"step"},
     {"optim", "metrics", "checkpoint", "runs", "stopping", "weights"},
@@ -31,13 +31,14 @@ LAYERS = [
     {"compat"},
     {"tree"},
 ]
-EVERYBODY = {"errors"}
+EVERYBODY = {"errors", "paths", "aliases", "arguments"}
 # each with the wings it may use beside numpy, Grain and the tokenizer
 WINGS = {"data": set(), "curate": {"data"}, "scorers": {"data", "curate"}}
 USE_WINGS = set().union(*LAYERS[:8])
 # the others take plain arguments
 USE_CONFIG = {
     "main",
+    "config_file",
     "sweep",
     "train",
     "job",
@@ -95,7 +96,7 @@ def why_not(importer: str, target: str) -> str | None:
     if target == importer or target in EVERYBODY:
         return None
     if importer in EVERYBODY or importer == "config":
-        return "may import nothing but errors"
+        return f"may import nothing but {' and '.join(sorted(EVERYBODY))}"
     if importer in WINGS:
         return None if target in WINGS[importer] else "is a wing of its own"
     if target in WINGS:

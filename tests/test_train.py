@@ -163,10 +163,13 @@ def test_eight_devices_follow_one(place, unbroken):
     np.testing.assert_allclose(curves["both"], curves["one"], rtol=1e-4)
 
 
-def test_a_dry_run_stops_before_the_first_step(place):
-    done = tiny_run.run([*command(place, "dry"), "--dry_run"])
-    assert "trainable parameters" in done.stdout and "steps" in done.stdout
-    assert not (place / "dry" / "metrics.jsonl").exists()
+def test_a_dry_run_leaves_nothing_and_says_the_same_twice(place):
+    before = sorted(place.rglob("*"))
+    first, second = (tiny_run.run([*command(place, "dry"), "--dry_run"]) for _ in range(2))
+    assert "trainable parameters" in first.stdout and "steps" in first.stdout
+    assert first.stdout == second.stdout and sorted(place.rglob("*")) == before
+    blocked = tiny_run.run([*command(place, "chats.jsonl/dry"), "--dry_run"], code=74)
+    assert "can't be written" in blocked.stderr
 
 
 def test_the_ledger_of_a_sampled_preflight_is_completed_while_training_runs(place):
@@ -208,6 +211,19 @@ def test_changed_settings_are_refused_by_name(place, unbroken):
     (place / "changed" / "summary.json").unlink()
     refused = tiny_run.run(command(place, "changed", **{**STEADY, "train__learning_rate": 1e-3}), code=78)
     assert "train.learning_rate" in refused.stderr and "--allow=" in refused.stderr
+
+
+def test_a_finished_run_is_not_changed_and_new_takes_another_folder(place, unbroken):
+    same = tiny_run.run(command(place, "unbroken", **STEADY))
+    assert "this run is finished" in same.stdout
+    changed = {**STEADY, "train__learning_rate": 1e-3, "export__merge": True}
+    refused = tiny_run.run(command(place, "unbroken", **changed), code=78)
+    assert "train.learning_rate: 0.003 -> 0.001" in refused.stderr and "export.merge" in refused.stderr
+    assert "--new" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+    ledger = place / "counted.json"
+    other = [*command(place, "unbroken", **changed), "--new", "--dry_run", f"--preflight={ledger}"]
+    assert f"run folder: {place / 'unbroken'}-2" in tiny_run.run(other).stdout
+    assert json.loads(ledger.read_text())["steps"] and not (place / "unbroken-2").exists()
 
 
 def test_a_lora_run_is_exported_as_peft_wants_it(place):

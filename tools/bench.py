@@ -12,18 +12,18 @@ with --peer_masks for training on the answers only, as sftjax always does (conve
 With --load, how fast --model is loaded, beside merely reading its files.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sftjax.arguments import Parser
 from sftjax.errors import exit_with_message
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default=".cache/quickstart/SmolLM2-135M-Instruct", help="Hugging Face folder")
     parser.add_argument("--data", default=".cache/quickstart/chitchat/train.jsonl", help="JSONL with messages")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")

@@ -8,18 +8,18 @@
 Finished runs are kept, so the same command continues. The table is printed, and written to OUT/STUDY.md and .json.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sftjax import bench_data
+from sftjax.arguments import Parser
 from sftjax.errors import ConfigError, exit_with_message
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("study", choices=("curation", "replay"))
     parser.add_argument("--model", default=".cache/quickstart/SmolLM2-135M-Instruct", help="Hugging Face folder")
     parser.add_argument("--data", default=".cache/quickstart/chitchat/train.jsonl")

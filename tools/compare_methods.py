@@ -4,7 +4,6 @@ Each is a run of the main program with the same data and number of steps, in OUT
 the same command continues. The table is printed, and written to OUT/methods.md and OUT/methods.json.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -13,11 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sftjax import bench_methods
+from sftjax.arguments import Parser
 from sftjax.errors import exit_with_message
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default=".cache/quickstart/SmolLM2-135M-Instruct", help="Hugging Face folder")
     parser.add_argument("--data", default=".cache/quickstart/chitchat/train.jsonl")
     parser.add_argument("--held_out", default=".cache/quickstart/chitchat/held_out.jsonl")

@@ -11,39 +11,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
+from sftjax import config_file
 from sftjax.errors import ConfigError, exit_with_message
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(arg): FILE.py[:ARG].")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Report what would be removed, and write no rows.")
 
 
-def parse_flags(argv):
-    try:
-        return flags.FLAGS(list(argv))
-    except (AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError, flags.Error) as error:
-        raise ConfigError(str(error).replace("\n", " ")) from error
+def fields() -> list[str]:
+    from sftjax.curate import settings
 
-
-def read_config() -> dict:
-    if _CONFIG.value is None:
-        raise ConfigError("give --config=configs/curate/default.py")
-    try:
-        return _CONFIG.value.to_dict()
-    except Exception as error:  # whatever the file's own code raises; one that isn't there raises here too
-        reason = next(line.strip() for line in [*str(error).splitlines()[::-1], type(error).__name__] if line.strip())
-        raise ConfigError(f"--config={flags.FLAGS['config'].config_filename}: {reason}") from error
+    return settings.field_names()
 
 
 def main(argv) -> int:
     if len(argv) > 1:
         raise ConfigError(f"unexpected argument {argv[1]!r}: fields are set as --config.output=curated")
-    config = read_config()
+    config = config_file.read()
+    if config is None:
+        raise ConfigError("give --config=configs/curate/default.py")
     from sftjax.curate import run, settings
 
-    chosen = settings.from_mapping(config)
+    chosen = settings.from_mapping(config.to_dict())
     found = run.curate(chosen, dry_run=_DRY_RUN.value, say=lambda line: print(line, file=sys.stderr, flush=True))
     for line in run.summary_lines(found):
         print(line)
@@ -52,4 +42,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    exit_with_message(lambda: app.run(lambda argv: exit_with_message(lambda: main(argv)), flags_parser=parse_flags))
+    exit_with_message(lambda: config_file.run(main, fields))

@@ -5,18 +5,18 @@ Prints each finding with its remedy, the likeliest cause of the others first. Wi
 A healthy run gives an empty list. Every rule is explained in docs/troubleshooting.md. The exit code is 0 either way.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sftjax.arguments import Parser
 from sftjax.errors import exit_with_message
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", metavar="RUN", help="run folder, finished or not")
     parser.add_argument("--json", action="store_true", help="print the list")
     args = parser.parse_args()

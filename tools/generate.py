@@ -8,17 +8,17 @@ A prompt file is .txt (a prompt a line) or JSONL with "prompt" or "messages". Ea
 with "sample" beside them where --n is above 1.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sftjax.arguments import Parser
 from sftjax.errors import exit_with_message
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
     parser.add_argument("--adapter", help="PEFT adapter folder")
     parser.add_argument("--prompts", help="file of prompts (.txt or .jsonl)")

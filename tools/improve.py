@@ -9,20 +9,20 @@ and how many answers were kept), and "gains" (differences on the same items, wit
 table. A run that was stopped goes on with the same command.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sftjax.arguments import Parser
 from sftjax.errors import exit_with_message
 
 TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}  # 38 + 79, 21 - 81
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="where it starts: Hugging Face folder, .gguf file or hub id")
     parser.add_argument("--output", required=True, help="folder to write, or to go on in")
     parser.add_argument("--task", default="chain_sum", help="of reasoning-gym")

@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from sftjax import config_file
 from sftjax.errors import ConfigError, StorageError, exit_with_message
-from sftjax.main import parse_flags, read_config
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "What to plan for: v5e:4x4, v5p:2x2x4, h100:8, gpu, cpu; or several.")
 _OUT = flags.DEFINE_string("out", "", "JSON to write.")
@@ -29,7 +29,7 @@ _SEARCH = flags.DEFINE_bool("search", False, "Try micro-batches, remat and meshe
 
 
 def main(argv: list[str]) -> int:
-    config = read_config()
+    config = config_file.read()
     if config is None or not _TOPOLOGY.value or len(argv) > 1:
         raise ConfigError("give --config=configs/NAME.py and --topology=v5e:4x4 (or another)")
     logging.set_verbosity(logging.WARNING)
@@ -54,9 +54,10 @@ def main(argv: list[str]) -> int:
 
 def write(path: str, text: str) -> None:
     try:
-        Path(path).write_text(text)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise StorageError(f"{path}: can't be written ({error})") from error
+        raise StorageError(f"{path}: can't be written ({error.strerror})") from error
 
 
 def read_json(path: str) -> dict:
@@ -67,4 +68,4 @@ def read_json(path: str) -> dict:
 
 
 if __name__ == "__main__":
-    exit_with_message(lambda: app.run(lambda argv: exit_with_message(lambda: main(argv)), flags_parser=parse_flags))
+    exit_with_message(lambda: config_file.run(main))

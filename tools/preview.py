@@ -5,12 +5,12 @@ that can't be used gives {"index", "error"}); or with --out FILE.html one page t
 by source, score, length and rule, histograms, and with --max_length the rows that the samples are packed into.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sftjax.arguments import Parser
 from sftjax.errors import ConfigError, StorageError, exit_with_message
 
 
@@ -25,7 +25,7 @@ def load_tokenizer(model: str, template: str | None, end_of_turn: str | None):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
     parser.add_argument("--data", required=True, nargs="+", help="files of rows, or any sources a config takes")
     parser.add_argument("--out", help="FILE.jsonl or FILE.html; without it the terminal")
@@ -60,6 +60,8 @@ def main() -> int:
         for row in preview.rows(one.source, encoder, limit)
     )
     try:
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         if kind == ".jsonl":
             with open(args.out, "wb") as file:
                 for one in shown:

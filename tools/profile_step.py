@@ -11,17 +11,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from sftjax import config_file
 from sftjax.errors import ConfigError, StorageError, exit_with_message
-from sftjax.main import parse_flags, read_config
 
 _STEPS = flags.DEFINE_integer("steps", 3, "Steps to trace.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "", "JSON to write.")
 
 
 def main(argv: list[str]) -> int:
-    config = read_config()
+    config = config_file.read()
     if config is None or len(argv) > 1:
         raise ConfigError("give --config=configs/NAME.py")
     logging.set_verbosity(logging.WARNING)
@@ -38,4 +38,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_with_message(lambda: app.run(lambda argv: exit_with_message(lambda: main(argv)), flags_parser=parse_flags))
+    exit_with_message(lambda: config_file.run(main))

@@ -54,10 +54,5 @@ if [ -n "$setup_only" ]; then
 fi
 
 # 3. The main job. (A finished run is left alone.)
-run_dir=runs/quickstart number=2
-while [ -e "$run_dir/summary.json" ]; do
-  run_dir=runs/quickstart-$number number=$((number + 1))
-done
 trap - INT # the training program saves on Ctrl-C by itself
-exec "$VENV_PYTHON" -m sftjax.main --config=configs/quickstart.py --config.run_dir="$run_dir" \
-  ${overrides[@]+"${overrides[@]}"}
+exec "$VENV_PYTHON" -m sftjax.main --config=configs/quickstart.py --new ${overrides[@]+"${overrides[@]}"}

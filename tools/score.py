@@ -6,17 +6,17 @@ with --tokens also "tokens", "weights", "token_nll" (equal lengths; token_nll[0]
 gives {"index", "error"}. The mean loss is sum(nll) / sum(weights).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sftjax.arguments import Parser
 from sftjax.errors import exit_with_message
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
     parser.add_argument("--adapter", help="PEFT adapter folder")
     parser.add_argument("--data", required=True, help="file of rows, or any source a config takes")

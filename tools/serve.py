@@ -11,17 +11,17 @@ seconds or until a second signal; requests that are left get an error.
 Beyond the protocol, requests may have top_k, min_p and repetition_penalty. See docs/serving.md for the limits.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sftjax.arguments import Parser
 from sftjax.errors import exit_with_message
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     for kind, text in (
         ("model", "Hugging Face folder, .gguf file or hub id; may be repeated"),
         ("adapter", "PEFT adapter folder for the --model in front of it; may be repeated"),

@@ -26,12 +26,12 @@ A run that was stopped goes on with the same command, and ends as if it hadn't b
 Rows go on to `tools/curate.py` (--config.sources=OUTPUT/rows.jsonl) and to training as they are.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sftjax.arguments import Parser
 from sftjax.errors import exit_with_message
 
 TEACHER = ("model", "adapter", "dtype", "batch_size", "api_key_env", "concurrency", "retries")
@@ -39,9 +39,9 @@ SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop")
 
 
 def read_arguments() -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     methods = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--output", required=True, help="folder to write, or to go on in")
     common.add_argument("--model", default="", help="the teacher: Hugging Face folder, .gguf file or hub id")
     common.add_argument("--adapter", help="PEFT adapter folder")
@@ -58,7 +58,7 @@ def read_arguments() -> dict:
     common.add_argument("--stop", action="append", default=[], help="string that ends an answer; may be repeated")
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--chunk", type=int, default=64, help="prompts between two saves")
-    asking = argparse.ArgumentParser(add_help=False)
+    asking = Parser(add_help=False)
     asking.add_argument("--input", required=True, help="prompts: rows with messages, prompt, question or instruction")
     asking.add_argument("--limit", type=int, help="only so many of them")
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sftjax import report
+from sftjax import paths, report
 from sftjax.errors import ConfigError
 from sftjax.inference import written_whole
 
@@ -27,7 +27,7 @@ def models_of(run: str) -> tuple[str, str | None, str]:
     """
     try:
         with open(os.path.join(run, "config.json"), encoding="utf-8") as file:
-            base = json.load(file)["model"]["path"]
+            base = paths.found(json.load(file)["model"]["path"], paths.working_folder(run))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{run}: no config.json of a run in it") from error
     export = os.path.join(run, "export")

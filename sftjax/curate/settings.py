@@ -106,6 +106,15 @@ def from_mapping(values: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def field_names(kind: type = Settings, prefix: str = "") -> list[str]:
+    """The names of all settings: "sources", "quality.mode", ..."""
+    names = []
+    for field_name, default in ((one.name, getattr(kind(), one.name)) for one in dataclasses.fields(kind)):
+        nested = dataclasses.is_dataclass(default)
+        names += field_names(type(default), f"{field_name}.") if nested else [f"{prefix}{field_name}"]
+    return names
+
+
 def _filled(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
     fields = {one.name: one for one in dataclasses.fields(kind)}
     changed = {}

@@ -10,6 +10,7 @@ import json
 import re
 import threading
 import time
+import traceback
 from datetime import datetime
 from itertools import islice
 
@@ -241,9 +242,18 @@ def run(template: jinja2.Template, variables: dict) -> str:
         return "".join(parts)
     except TemplateError:
         raise
+    except jinja2.exceptions.UndefinedError as error:
+        raise TemplateError(f"{error}{_line(template, error)}") from None
     except jinja2.exceptions.TemplateError as error:
         raise TemplateError(str(error)) from None
     except (RecursionError, MemoryError, OverflowError) as error:
         raise TemplateLimit(f"the template ran past its limits: {type(error).__name__}") from None
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise TemplateError(f"{type(error).__name__}: {error}") from error
+        raise TemplateError(f"{type(error).__name__}: {error}{_line(template, error)}") from error
+
+
+def _line(template: jinja2.Template, error: Exception) -> str:
+    """Where in the template it was raised: " (line 3)", or "" if that isn't known."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame.lineno for frame in frames if frame.filename == "<template>"]
+    return f" (line {template.get_corresponding_lineno(inside[-1])})" if inside else ""

@@ -84,8 +84,11 @@ class Tokenizer:
         self.end_of_turn_id = None
         if template is not None:
             names = {key: str(value) for key, value in hf.special_tokens_map.items() if isinstance(value, (str,))}
-            self.renderer = Renderer(template.text, names)
-            self.tools_renderer = Renderer(template.tools_text, names) if template.tools_text else self.renderer
+            try:
+                self.renderer = Renderer(template.text, names)
+                self.tools_renderer = Renderer(template.tools_text, names) if template.tools_text else self.renderer
+            except TemplateError as error:
+                raise ConfigError(f"chat template {template.name}: {error}; mend it, or give another one") from None
             self.end_of_turn_id = self._find_end_of_turn()
         stops = [self.end_of_turn_id, *stop_ids, self.eos_id]
         self.stop_ids = tuple(dict.fromkeys(number for number in stops if number is not None))

@@ -10,7 +10,7 @@ import re
 import statistics
 from typing import Any, NamedTuple
 
-from sftjax import report
+from sftjax import paths, report
 
 # Learning rates that are usual for a method, and one to begin with.
 USUAL = {"full": (1e-6, 5e-5, 2e-5), "lora": (2e-5, 3e-4, 2e-4), "bottleneck": (5e-5, 1e-3, 2e-4)}
@@ -147,7 +147,8 @@ class Figures:
 
     def base_files(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the exported model, or of the base that an exported adapter belongs to."""
-        for folder in (os.path.join(self.run.folder, "export"), str(self.setting("model.path") or "")):
+        base = paths.found(str(self.setting("model.path") or ""), paths.working_folder(self.run.folder))
+        for folder in (os.path.join(self.run.folder, "export"), base):
             if "://" in folder or not os.path.isfile(os.path.join(folder, name)):
                 continue
             with open(os.path.join(folder, name), encoding="utf-8") as file:
