@@ -41,7 +41,7 @@ from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
 from sftjax.peft import lora
 from sftjax.peft.spec import AdapterSpec
-from sftjax.weights import export, peft_format, vocab
+from sftjax.weights import export, families, peft_format, vocab
 from sftjax.weights.files import is_remote
 
 
@@ -77,6 +77,10 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     """Opens model and data, checks them, settles the program; nothing large is in memory yet."""
     job_data.check_sources(config)
     opened = open_model(config)
+    model_config = grown(config, opened)
+    families.check_writable(model_config, opened.files.raw_config)
+    if opened.files.ignored:
+        print(f"config.json: no use of {', '.join(opened.files.ignored)}, here as in transformers")
     mixture, held_out = job_data.open_data(config, opened.tokenizer)
     plain_text = job_data.open_plain_text(config, opened.tokenizer)
     job_data.check_metric(config, held_out, plain_text)
@@ -102,7 +106,6 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     report.print()
     report.check()
     total_steps = config.train.max_steps or report.steps
-    model_config = grown(config, opened)
     spec = adapter_spec(config, model=model_config, grows=bool(opened.new_token_ids))
     job_program, schedule = build_program(config, model_config, spec, mesh, total_steps, len(mixture.names))
     announce(config, job_program, total_steps)

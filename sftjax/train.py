@@ -70,9 +70,7 @@ def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bo
     return 0
 
 
-def resume(
-    run_dir: str, *, config=None, allow: Sequence[str] = (), dry_run: bool = False, preflight: str = ""
-) -> int:
+def resume(run_dir: str, *, config=None, allow: Sequence[str] = (), dry_run: bool = False, preflight: str = "") -> int:
     """Continues a run with the configuration saved in its folder.
 
     Raises:

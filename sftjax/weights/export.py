@@ -63,8 +63,7 @@ def export_model(
       ConfigError: the folder holds something else, or the configuration can't be expressed.
       StorageError: it can't be written.
     """
-    if config.valid_vocab is not None:
-        config = config.replace(vocab_size=config.valid_vocab, valid_vocab=None)
+    config = families.exported(config)
     dtypes = {} if not isinstance(dtype, Mapping) else {name: np.dtype(kind) for name, kind in dtype.items()}
     default = np.dtype(dtype) if not dtypes else max(set(dtypes.values()), key=list(dtypes.values()).count)
     beside = companions.files(config, dtype=default.name, source=source, tokenizer=tokenizer, stop_ids=stop_ids)

@@ -11,6 +11,8 @@ Code that a checkpoint brings along (`auto_map`) is never run and never carried 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +20,7 @@ from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig
 from sftjax.weights import family_llama as llama
 from sftjax.weights import family_others as others
+from sftjax.weights import reference, rope
 from sftjax.weights.fields import Fields
 
 _DROPPED_ON_EXPORT = {
@@ -80,10 +83,39 @@ def family_of(raw: Mapping[str, Any], where: str = "config.json") -> str:
     name = raw.get("model_type")
     name = ALIASES.get(name, name) if isinstance(name, str) else None
     if name not in FAMILIES:
-        Fields(raw, where)  # a multimodal model is better named by what it has too much
-        known = ", ".join(sorted({*FAMILIES, *ALIASES}))
-        raise ConfigError(f"{where}: model_type {raw.get('model_type')!r} isn't supported; known are {known}")
+        parts = [part for part in ("text_config", "vision_config", "audio_config") if raw.get(part) is not None]
+        wraps = f" (a wrapper, with {', '.join(parts)})" if parts else ""
+        raise ConfigError(
+            f"{where}: model_type {raw.get('model_type')!r}{wraps} isn't supported; the closest that is, is "
+            f"{closest(raw)!r}: docs/new_family.md says what adding one takes. Known are "
+            f"{', '.join(sorted({*FAMILIES, *ALIASES}))}"
+        )
     return name
+
+
+def closest(raw: Mapping[str, Any]) -> str:
+    """The family to start from for a model type that isn't known: a namesake, else a plain one with or without experts.
+
+    Of several namesakes the one with most of these fields.
+    """
+    text = raw.get("text_config")
+    raw = {**raw, **text} if isinstance(text, Mapping) else raw
+    named, has_experts = _stem(raw.get("model_type")), any("expert" in name and raw[name] for name in raw)
+
+    def likeness(name: str) -> tuple[int, float]:
+        alike = difflib.SequenceMatcher(None, name, str(raw.get("model_type"))).ratio()
+        return len({*reference.table()["models"][name]} & {*raw}), alike
+
+    namesakes = [
+        name
+        for name in FAMILIES
+        if _stem(name) == named and (has_experts or "num_experts_per_tok" not in reference.table()["models"][name])
+    ]
+    return max(namesakes, key=likeness, default="qwen3_moe" if has_experts else "llama")
+
+
+def _stem(model_type: Any) -> str:
+    return re.match(r"[a-z]*", str(model_type)).group().removeprefix("mini")
 
 
 def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -92,11 +124,16 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
     Raises:
       ConfigError: naming the field that is missing, unknown or unsupported.
     """
+    return read_fields(raw, where)[0]
+
+
+def read_fields(raw: Mapping[str, Any], where: str = "config.json") -> tuple[ModelConfig, list[str]]:
+    """`read_config`, and the names of the fields that neither this program nor transformers looks at."""
     family = FAMILIES[family_of(raw, where)]
     fields = Fields(raw, where)
     quantization = fields.take("quantization_config")
-    if quantization is not None and not (family.layout == "gpt_oss" and quantization.get("quant_method") == "mxfp4"):
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if quantization is not None and not (family.layout == "gpt_oss" and method == "mxfp4"):
         raise ConfigError(
             f"{where}: quantization_config ({method!r}): the weights are quantised; use the original model, "
             f"or a GGUF file of it"
@@ -105,8 +142,8 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
         config = family.read(fields)
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ConfigError(f"{where}: a field has the wrong type or value ({error})") from error
-    fields.check_rest()
-    return config
+    fields.check_rest(config)
+    return config, fields.ignored
 
 
 def write_config(config: ModelConfig, *, dtype: str, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -124,20 +161,44 @@ def write_config(config: ModelConfig, *, dtype: str, like: Mapping[str, Any] | N
         name = _family_for(config)
         # unset, or transformers takes the family's own ids, which may lie beyond this vocabulary
         tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        out = FAMILIES[name].write(config) | tokens
+        forms = [FAMILIES[name].write(config) | tokens]
     else:
         name = family_of(like)
-        out, was = FAMILIES[name].write(config), FAMILIES[name].write(read_config(like))
-        kept = {key: value for key, value in like.items() if key not in _DROPPED_ON_EXPORT}
-        same = {key for key in kept if key in out and key not in _REWRITTEN and out[key] == was.get(key)}
-        out |= {key: value for key, value in kept.items() if key not in out or key in same}
-        if "num_local_experts" in kept and "num_experts" in out and "num_experts" not in kept:
-            out["num_local_experts"] = out.pop("num_experts")
-    out |= {"model_type": name, "architectures": [FAMILIES[name].architecture]}
-    out |= {"dtype": dtype, "torch_dtype": dtype}
-    if read_config(out) != config:
-        raise ConfigError(f"the model type {name!r} can't express this model's configuration; export it as another")
-    return dict(sorted(out.items()))
+        forms = _forms_like(FAMILIES[name], config, like)
+    for form in forms:
+        form |= {"model_type": name, "architectures": [FAMILIES[name].architecture]}
+        form |= {"dtype": dtype, "torch_dtype": dtype}
+        if read_config(form) == config:
+            return dict(sorted(form.items()))
+    raise ConfigError(f"the model type {name!r} can't express this model's configuration; export it as another")
+
+
+def _forms_like(family: Family, config: ModelConfig, like: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Ways of writing a configuration: as `like` did what hasn't changed, else as the family does."""
+    out, was = family.write(config), family.write(read_config(like))
+    kept = {key: value for key, value in like.items() if key not in _DROPPED_ON_EXPORT}
+    if "num_local_experts" in kept and "num_experts" in out and "num_experts" not in kept:
+        kept["num_local_experts"] = out.pop("num_experts")
+    same = {key for key in kept if key in out and key not in _REWRITTEN and out[key] == was.get(key)}
+    unchanged = {key: value for key, value in kept.items() if key not in out or key in same}
+    came = like.get("rope_scaling") or like.get("rope_parameters")
+    ours = {key: rope.carry(came, out[key]) for key in ("rope_parameters", "rope_scaling") if out.get(key)}
+    as_it_came = [] if like.get("rope_scaling") else [out | unchanged]
+    return [*as_it_came, out | unchanged | ours, kept | out | ours]
+
+
+def check_writable(config: ModelConfig, like: Mapping[str, Any]) -> None:
+    """Tries `write_config`, for before a model is trained. Raises its `ConfigError`.
+
+    Args:
+      config: of what will be written; padded rows of the vocabulary don't count.
+    """
+    write_config(exported(config), dtype="float32", like=like)
+
+
+def exported(config: ModelConfig) -> ModelConfig:
+    """The configuration without rows that only pad the vocabulary."""
+    return config if config.valid_vocab is None else config.replace(vocab_size=config.valid_vocab, valid_vocab=None)
 
 
 def _family_for(config: ModelConfig) -> str:

@@ -78,7 +78,7 @@ def read_gemma3(fields: Fields) -> ModelConfig:
     windows = parts.windows(fields, fields.take("sliding_window", 4096), types)
     raw = fields.take("rope_parameters", {})
     full = (raw.get("full_attention") or {}) | (fields.take("rope_scaling") or {})
-    common = dict(where=fields.where, head_dim=values["head_dim"], max_position=values["max_position"])
+    common = dict(fields=fields, head_dim=values["head_dim"], max_position=values["max_position"])
     far = rope.read(full, theta=fields.take("rope_theta", 1e6), **common)
     near = rope.read(raw.get("sliding_attention"), theta=fields.take("rope_local_base_freq", 1e4), **common)
     if set(raw) - {"full_attention", "sliding_attention"}:
@@ -101,7 +101,7 @@ def write_gemma3(config: ModelConfig) -> dict[str, Any]:
 def read_phi3(fields: Fields) -> ModelConfig:
     sizes = parts.sizes(fields, eps=1e-5, max_position=4096)
     # earlier releases called longrope "su" and "yarn"
-    one = parts.read_rope(fields, sizes, partly=True, aliases={"su": "longrope", "yarn": "longrope"})
+    one = parts.read_rope(fields, sizes, partly=True, original=4096, aliases={"su": "longrope", "yarn": "longrope"})
     return ModelConfig(**sizes, layers=parts.specs(parts.windows(fields, fields.take("sliding_window")), one))
 
 

@@ -35,10 +35,10 @@ def sizes(
 ) -> dict[str, Any]:
     """What every family has; the keyword arguments are the family's defaults (head_dim: hidden size / heads)."""
     heads, hidden = fields.need("num_attention_heads"), fields.need("hidden_size")
-    head_dim = fields.take("head_dim", head_dim)
-    if head_dim is None and hidden % heads:
+    if head_dim is None and fields.take("head_dim") is None and hidden % heads:
         raise ConfigError(f"{fields.where}: hidden_size {hidden} isn't a multiple of num_attention_heads {heads}")
-    kv_heads = fields.take("num_key_value_heads", heads)
+    head_dim = fields.need("head_dim", head_dim or hidden // heads)
+    kv_heads = fields.need("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ConfigError(f"{fields.where}: num_attention_heads {heads} isn't a multiple of the {kv_heads} kv heads")
     return dict(
@@ -47,8 +47,8 @@ def sizes(
         intermediate_size=fields.need("intermediate_size"),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=head_dim or hidden // heads,
-        max_position=fields.take("max_position_embeddings", max_position),
+        head_dim=head_dim,
+        max_position=fields.need("max_position_embeddings", max_position),
         norm_eps=fields.take("rms_norm_eps", eps),
         tie_word_embeddings=bool(fields.take("tie_word_embeddings", tied)),
         activation=find_activation(fields, fields.take("hidden_act", activation)),
@@ -84,22 +84,30 @@ def biases(fields: Fields, *, mlp: bool = False) -> dict[str, bool]:
 
 
 def read_rope(
-    fields: Fields, sizes: Mapping[str, Any], theta: float = 10_000.0, *, partly: bool = False, **options: Any
+    fields: Fields,
+    sizes: Mapping[str, Any],
+    theta: float = 10_000.0,
+    *,
+    partly: bool = False,
+    original: int | None = None,
+    **options: Any,
 ) -> Rope:
     """The model's one RoPE setting. As in transformers, a `rope_scaling` wins over `rope_parameters`.
 
-    `partly`: the family may rotate a part of each head only.
+    Args:
+      partly: the family may rotate a part of each head only.
+      original: the family's default for the original length, where it has one outside the dict.
     """
     new, old = fields.take("rope_parameters"), fields.take("rope_scaling")
     theta, partial = fields.take("rope_theta", theta), fields.take("partial_rotary_factor", 1.0)
-    original = fields.take("original_max_position_embeddings")
+    original = fields.take("original_max_position_embeddings", original)
     raw = old or new or {}
     nested = [value for value in raw.values() if isinstance(value, Mapping)]
     if nested and all(value == nested[0] for value in nested) and len(nested) == len(raw):
         raw = nested[0]  # written per layer type, but all alike
     one = rope.read(
         raw,
-        where=fields.where,
+        fields,
         head_dim=sizes["head_dim"],
         max_position=sizes["max_position"],
         theta=theta,

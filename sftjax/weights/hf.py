@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ class ModelFiles:
     config: ModelConfig
     raw_config: Mapping[str, Any]  # config.json as it was; for GGUF as transformers would write it
     generation: Mapping[str, Any]  # generation_config.json, or {}
+    ignored: Sequence[str] = ()  # fields of config.json that neither this program nor transformers looks at
 
     @property
     def is_gguf(self) -> bool:
@@ -62,7 +63,8 @@ def open_model(path: str | os.PathLike) -> ModelFiles:
         raise ConfigError(f"{path}: no config.json, so not a model in Hugging Face layout{hint}")
     raw = _read_json(folder, "config.json")
     generation = _read_json(folder, "generation_config.json") if "generation_config.json" in names else {}
-    return ModelFiles(path, families.read_config(raw, f"{path}/config.json"), raw, generation)
+    config, ignored = families.read_fields(raw, f"{path}/config.json")
+    return ModelFiles(path, config, raw, generation, ignored)
 
 
 def resolve(path: str | os.PathLike) -> str:

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig, Rope, RopeScaling
+from sftjax.weights import reference
+from sftjax.weights.fields import Fields, short
 
-_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-_KINDS = {  # rope_type: (our name, the fields it may have)
-    "default": (None, set()),
-    "linear": ("linear", {"factor"}),
-    "dynamic": ("dynamic", {"factor", "original_max_position_embeddings"}),
-    "llama3": ("llama3", {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}),
-    "yarn": (
-        "yarn",
-        {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-         "mscale_all_dim", "truncate"},
-    ),
-    "longrope": (
-        "longrope",
-        {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
-    ),
-}  # fmt: skip
+# rope_type: our name, and which of its settings are numbers of the same name here
+_KINDS = {
+    "default": (None, ()),
+    "linear": ("linear", ()),
+    "dynamic": ("dynamic", ()),
+    "llama3": ("llama3", ("low_freq_factor", "high_freq_factor")),
+    "yarn": ("yarn", ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")),
+    "longrope": ("longrope", ("attention_factor",)),
+}
+_EVERY_KEY = set().union(*(reference.rope_keys(kind) for kind in _KINDS))
+# Keys that no rope type of transformers reads for the families here; at another value they'd be another model.
+_INERT_AT = {"llama_4_scaling_beta": (0,), "alpha": (1,)}
 
 
 def read(
     raw: Mapping[str, Any] | None,
+    fields: Fields,
     *,
-    where: str,
     head_dim: int,
     max_position: int,
     theta: float,
@@ -43,61 +41,58 @@ def read(
 
     Args:
       raw: the dict of config.json, in either form; None: no scaling.
+      fields: the config.json; keys of `raw` that transformers doesn't read for this rope type are noted there.
       theta, partial: what counts where the dict doesn't say.
-      original_max_position: the field of that name outside the dict (Phi-3), which then wins.
+      original_max_position: the field of that name outside the dict, which then wins.
       aliases: rope types that the family spells otherwise ("su").
 
     Raises:
-      ConfigError: an unknown rope type or field, or a missing one.
+      ConfigError: an unknown rope type, or a missing or senseless setting.
     """
     raw = {name: value for name, value in (raw or {}).items() if value is not None}
     kind = raw.get("rope_type", raw.get("type", "default"))
     kind = (aliases or {}).get(kind, kind)
     if kind not in _KINDS:
-        raise ConfigError(f"{where}: rope_type {kind!r} isn't known, only {sorted(_KINDS)}")
-    name, allowed = _KINDS[kind]
-    unknown = sorted(set(raw) - allowed - _COMMON)
-    if unknown:
-        raise ConfigError(f"{where}: rope_parameters.{unknown[0]} isn't understood for rope_type {kind!r}")
+        raise ConfigError(f"{fields.where}: rope_type {kind!r} isn't known, only {sorted(_KINDS)}")
+    name, numbers = _KINDS[kind]
+    for key in sorted(set(raw) - reference.rope_keys(kind)):
+        if key in _INERT_AT and raw[key] not in _INERT_AT[key]:
+            raise ConfigError(f"{fields.where}: rope_parameters.{key}={short(raw[key])} isn't supported here")
+        fields.ignored.append(f"rope_parameters.{key}")
     dim = int(head_dim * raw.get("partial_rotary_factor", partial))
     if dim % 2:
-        raise ConfigError(f"{where}: rotary embedding over {dim} dimensions; the number must be even")
+        raise ConfigError(f"{fields.where}: rotary embedding over {dim} dimensions; the number must be even")
+    original = original_max_position or raw.get("original_max_position_embeddings", max_position)
     return Rope(
         theta=float(raw.get("rope_theta", theta)),
         dim=dim,
-        scaling=None if name is None else _scaling(name, raw, where, dim, max_position, original_max_position),
+        scaling=None if name is None else _scaling(name, numbers, raw, fields.where, dim, max_position, original),
         interleaved=interleaved,
     )
 
 
 def _scaling(
-    kind: str, raw: Mapping[str, Any], where: str, dim: int, max_position: int, original: int | None
+    kind: str, numbers: Sequence[str], raw: Mapping[str, Any], where: str, dim: int, max_position: int, original: int
 ) -> RopeScaling:
-    # `dynamic` always counts from the model's own length (transformers reads no other)
-    original = 0 if kind in ("linear", "dynamic") else original or raw.get("original_max_position_embeddings", 0)
     factor = raw.get("factor")
     if factor is None and kind in ("yarn", "longrope"):
-        factor = max_position / (original or max_position)
-    factors = {name: tuple(float(x) for x in raw.get(name, ())) for name in ("short_factor", "long_factor")}
-    for name, values in factors.items():
-        if kind == "longrope" and len(values) != dim // 2:
-            raise ConfigError(f"{where}: rope_parameters.{name} has {len(values)} numbers, {dim // 2} are needed")
+        factor = max_position / original
     if factor is None:
         raise ConfigError(f"{where}: rope_parameters.factor is missing")
-    optional = {name: float(raw[name]) for name in ("mscale", "mscale_all_dim", "attention_factor") if name in raw}
-    bands = {
-        name: float(raw[name])
-        for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
-        if raw.get(name)
-    }
+    lists = {}
+    if kind == "longrope":
+        lists = {name: tuple(float(x) for x in raw.get(name, ())) for name in ("short_factor", "long_factor")}
+    for name, values in lists.items():
+        if len(values) != dim // 2:
+            raise ConfigError(f"{where}: rope_parameters.{name} has {len(values)} numbers, {dim // 2} are needed")
     return RopeScaling(
         kind=kind,  # type: ignore[arg-type]
         factor=float(factor),
-        original_max_position=original,
-        truncate=bool(raw.get("truncate", True)),
-        **factors,
-        **bands,
-        **optional,
+        # `linear` and `dynamic` always count from the model's own length (transformers reads no other)
+        original_max_position=0 if kind in ("linear", "dynamic") else original,
+        truncate=kind != "yarn" or bool(raw.get("truncate", True)),
+        **lists,
+        **{name: float(raw[name]) for name in numbers if name in raw},
     )
 
 
@@ -146,6 +141,17 @@ def write_for_4(rope: Rope, config: ModelConfig, *, kind_name: str = "rope_type"
     if kind != "default":
         out["rope_scaling"] = {kind_name: kind, **scaling}
     return out
+
+
+def carry(raw: Mapping[str, Any] | None, written: dict[str, Any]) -> dict[str, Any]:
+    """What `write` gave, with those keys of the dict that came in which change nothing and other programs may read."""
+    raw, nested = raw or {}, {key: value for key, value in written.items() if isinstance(value, Mapping)}
+    if nested:
+        return written | {
+            key: carry(raw.get(key, raw if key == "full_attention" else None), value) for key, value in nested.items()
+        }
+    inert = {key: value for key, value in raw.items() if key not in _EVERY_KEY and not isinstance(value, Mapping)}
+    return written | inert
 
 
 def _fraction(part: int, whole: int) -> float:

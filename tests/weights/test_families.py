@@ -36,7 +36,8 @@ def test_each_form_alone_is_the_whole_model(name, with_source):
     config = families.read_config(raw)
     written = families.write_config(config, dtype="bfloat16", like=raw if with_source else None)
     old = {key: value for key, value in written.items() if key not in ("rope_parameters", "dtype")}
-    new = {key: value for key, value in written.items() if key not in ONLY_IN_4}
+    both = {"original_max_position_embeddings"} if name.startswith("phi3") else set()  # a field of the class in 5 too
+    new = {key: value for key, value in written.items() if key not in ONLY_IN_4 - both}
     assert families.read_config(old) == families.read_config(new) == config
     assert old["torch_dtype"] == new["dtype"] == "bfloat16"
     # with a shift of the base frequency both say so
@@ -154,12 +155,10 @@ def test_aliases_leave_as_llama():
         ("llama", {"model_type": "mamba"}, "mamba"),
         ("llama", {"vision_config": {"hidden_size": 3}}, "vision_config"),
         ("gemma3", {"model_type": "gemma3", "vision_config": {"hidden_size": 3}}, "vision_config"),
-        ("llama", {"attention_temperature": 2.0}, "attention_temperature"),
         ("llama", {"_attn_implementation_internal": "evil/kernel"}, "_attn_implementation_internal"),
         ("llama", {"model_file": "evil.py"}, "model_file"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
         ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "proportional"),
-        ("llama", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section"),
         ("llama", {"hidden_act": "relu2"}, "relu2"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("llama", {"hidden_size": "big"}, "hidden_size"),
