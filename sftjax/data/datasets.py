@@ -15,14 +15,14 @@ from sftjax.data import files, sources
 from sftjax.errors import ConfigError, DataError, StorageError
 
 
-def open_named(path: str, split: str, data_dir: str | None, revision: str | None):
+def open_named(path: str, split: str, *, data_dir: str | None, revision: str | None, config: str | None):
     """A source for "tfds:name" or "hub:owner/name", and the ranges of `split` (None: the whole)."""
     name = sources.split_name(split) or "train"
     brackets = split[len(sources.split_name(split)) :]
-    ranges = sources.parse_split(brackets) if brackets else None
+    ranges = [part[1:] for part in sources.parse_split(brackets)] if brackets else None
     if path.startswith("tfds:"):
         return Tfds(path, name, data_dir), ranges
-    return Hub(path, name, revision), ranges
+    return Hub(path, name, revision, config), ranges
 
 
 class Tfds:
@@ -122,8 +122,8 @@ def _scalar(value):
 class Hub:
     """A data set of the Hugging Face hub, or one the `datasets` package has cached."""
 
-    def __init__(self, path: str, split: str, revision: str | None):
-        self.name, self._split, self._revision = path, split, revision
+    def __init__(self, path: str, split: str, revision: str | None, config: str | None):
+        self.name, self._split, self._revision, self._config = path, split, revision, config
         self._rows: Any = None
         self._length = len(self._loaded())
 
@@ -138,7 +138,7 @@ class Hub:
                 ) from None
             try:
                 self._rows = datasets.load_dataset(
-                    self.name.removeprefix("hub:"), split=self._split, revision=self._revision
+                    self.name.removeprefix("hub:"), self._config, split=self._split, revision=self._revision
                 )
             except Exception as error:
                 first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -161,4 +161,4 @@ class Hub:
         return f"{self.name}/{self._split}[{index}]"
 
     def fingerprint(self) -> str:
-        return files.digest(self.name, self._split, str(self._loaded()._fingerprint))
+        return files.digest(self.name, self._config or "", self._split, str(self._loaded()._fingerprint))

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from sftjax.data.types import RowError
 from sftjax.errors import DataError, StorageError
 
 CHUNK = 16 * 2**20  # bytes read at once
+_LISTS = ("data", "rows", "examples", "items", "instances", "records", "train")  # of rows, in an object that is a file
+_LARGEST_OBJECT = 2**31  # bytes
 
 
 def digest(*texts: str) -> str:
@@ -44,6 +47,20 @@ class JsonLines:
         self._starts, self._ends, self._numbers, self._hash = _scan_lines(local)
         if not len(self._starts):
             raise DataError(f"{path} is empty")
+        self._check_the_end(os.path.getsize(local))
+
+    def _check_the_end(self, size: int) -> None:
+        """A last line without an end that is no JSON was cut off, and who knows how many behind it."""
+        if int(self._ends[-1]) < size:
+            return
+        try:
+            self[len(self) - 1]
+        except RowError as error:
+            if error.reason in ("broken_json", "not_utf8"):
+                raise DataError(
+                    f"{self.location(len(self) - 1)}: the file ends in the middle of a row, so others may be missing: "
+                    "fetch it again, or take the line out"
+                ) from None
 
     def __getstate__(self):
         return {**self.__dict__, "_handle": None}
@@ -139,19 +156,49 @@ def hash_file(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_one_object(path: str) -> bool:
+    """Whether a file that begins with a brace is one object over several lines, or one that holds a list of rows."""
+    if os.path.getsize(path) > _LARGEST_OBJECT:
+        return False
+    with open(path, "rb") as file:
+        first, more = file.readline(), file.read(64).strip()
+    try:
+        found = orjson.loads(first.removeprefix(b"\xef\xbb\xbf"))
+        return not more and _rows_in(found) is not None
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return isinstance(orjson.loads(_content(path)), dict)
+    except orjson.JSONDecodeError:
+        return False
+
+
+def _content(path: str) -> bytes:
+    return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+
+
+def _rows_in(content: Any) -> list | None:
+    """The rows in an object that is a whole file; None where it is a row itself."""
+    found = [content[key] for key in _LISTS if isinstance(content.get(key), list)] if isinstance(content, dict) else []
+    if len(found) != 1 or not found[0] or not all(isinstance(row, dict) for row in found[0]):
+        return None
+    return None if found[0][0].keys() & {"role", "from", "speaker"} else found[0]  # turns: a row
+
+
 class JsonList(_InMemory):
-    """A JSON list of objects."""
+    """A JSON list of objects; or one object that holds such a list ({"version": 1, "data": [...]}), or is one row."""
 
     def _load(self) -> list:
-        content = Path(self._local).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        content = _content(self._local)
         try:
-            return orjson.loads(content)
+            found = orjson.loads(content)
         except orjson.JSONDecodeError as error:
             try:
                 content.decode()
             except UnicodeDecodeError as wrong:
                 raise DataError(f"{self.name}: byte {wrong.start} is not UTF-8: save the file as UTF-8") from None
             raise DataError(f"{self.name}:{error.lineno}: not JSON: {error.msg}") from None
+        return found if isinstance(found, list) else (_rows_in(found) or [found])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._loaded()[index]
@@ -165,17 +212,40 @@ class Parquet(_InMemory):
 
     def _load(self):
         import pyarrow
-        from pyarrow import parquet
 
         try:
-            return parquet.read_table(self._local, memory_map=True)
+            return self._table()
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{self.name} is not a Parquet file, or is cut short: {error}") from None
+            first = str(error).splitlines()[0]
+            raise DataError(f"{self.name} is not a {type(self).__name__} file, or is cut short: {first}") from None
+
+    def _table(self):
+        from pyarrow import parquet
+
+        return parquet.read_table(self._local, memory_map=True)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return drop_none(self._loaded().slice(index, 1).to_pylist()[0])
+
+
+class Arrow(Parquet):
+    """Arrow, as a stream (what `datasets` saves) or a file with random access; memory-mapped."""
+
+    def _table(self):
+        import pyarrow
+        from pyarrow import ipc
+
+        mapped = pyarrow.memory_map(self._local)
+        if mapped.read(6) == b"ARROW1":
+            mapped.seek(0)
+            return ipc.open_file(mapped).read_all()
+        mapped.seek(max(0, mapped.size() - 8))
+        if mapped.read(8) != b"\xff\xff\xff\xff" + bytes(4):  # a stream says that it has ended
+            raise pyarrow.ArrowInvalid("the stream has no end")
+        mapped.seek(0)
+        return ipc.open_stream(mapped).read_all()
 
 
 def drop_none(value):
@@ -195,23 +265,36 @@ def _decoded_text(path: str, name: str) -> str:
 
 
 class Csv(_InMemory):
-    """A table with a header line, comma or (in .tsv) tab separated."""
+    """A table with a header line, separated by commas, tabs (.tsv) or semicolons."""
 
     def _load(self) -> list:
-        delimiter = "\t" if ".tsv" in self.name.lower() else ","
         text = io.StringIO(_decoded_text(self._local, self.name), newline="")
+        first = text.readline()
+        text.seek(0)
+        delimiter = "\t" if ".tsv" in self.name.lower() else next((d for d in ",;\t" if d in first), ",")
         csv.field_size_limit(2**30)
-        reader = csv.reader(text, delimiter=delimiter)
+        lines: list[str] = []  # of the row at hand
+        reader = csv.reader(_kept(text, lines), delimiter=delimiter, strict=True)
+        begin, rows = 1, []
         try:
             header = next(reader, [])
             if len(set(header)) != len(header):
                 raise DataError(f"{self.name}: two columns have the same name")
-            rows = []
+            lines.clear()
+            begin = reader.line_num + 1
             for cells in reader:
                 if cells:
                     rows.append((reader.line_num, cells))
+                lines.clear()
+                begin = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{self.name}:{reader.line_num}: {error}") from None
+            place = f"{self.name}:{begin + _opening_line(lines, delimiter)}"
+            if "field" in str(error):
+                raise DataError(f"{place}: {error}") from None
+            raise DataError(
+                f"{place}: a quote opens here and isn't closed (or text follows the closing one), so that the rows "
+                'behind it can\'t be told: close it, and write a quote inside of quotes twice ("")'
+            ) from None
         self._header = header
         return rows
 
@@ -223,6 +306,28 @@ class Csv(_InMemory):
 
     def location(self, index: int) -> str:
         return f"{self.name}:{self._loaded()[index][0]}"
+
+
+def _kept(lines: Iterator[str], last: list[str]) -> Iterator[str]:
+    for line in lines:
+        last.append(line)
+        yield line
+
+
+def _opening_line(lines: Sequence[str], delimiter: str) -> int:
+    """Number, from 0, of the line of a row on which its last quoted cell begins."""
+    opened, inside, number, before = 0, False, 0, delimiter
+    for character in "".join(lines):
+        if character == '"':
+            if not inside and before in (delimiter, "\n", "\r"):
+                inside, opened = True, number
+            elif inside:
+                inside = False
+            elif before == '"':  # a quote inside of quotes
+                inside = True
+        number += character == "\n"
+        before = character
+    return opened
 
 
 class TextFile(_InMemory):
