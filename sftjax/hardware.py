@@ -7,8 +7,11 @@ RTX A6000, RTX 4090 and T4 (float16).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import re
+from pathlib import Path
 
 GIB = 2**30
 
@@ -36,6 +39,15 @@ def lacks_bfloat16(device: object) -> bool:
     """Whether it is an NVIDIA GPU older than Ampere (T4, V100), on which bfloat16 is emulated, slowly."""
     capability = str(getattr(device, "compute_capability", ""))  # AMD's are names, such as gfx90a
     return re.fullmatch(r"[1-7]\.\d", capability) is not None
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or those of the container that it runs in."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
 
 
 def _tpu(name: str, tflops: float, gib: float, gb_per_s: float, link_gb_per_s: float) -> Chip:

@@ -230,9 +230,7 @@ def fit(result: Mapping[str, Any], target: topology.Target) -> dict[str, Any]:
     """Peak against capacity. "source" tells a compiled figure from an estimated one."""
     measured = result["compiled"]
     peak = measured["bytes"]["peak"] if measured else result["estimate"]["peak"]
-    capacity = target.chip.memory if target.chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if target.platform == "cpu":
-        capacity //= len(target.devices)
+    capacity = target.memory
     return {
         "source": "compiled" if measured else "estimated",
         "peak": peak,
@@ -279,48 +277,14 @@ def summary(step: Step) -> str:
     """Two lines for the start of a run, without a compile."""
     memory = step.memory()
     parts = ", ".join(f"{name} {gib(size)}" for name, size in dataclasses.asdict(memory).items() if size)
-    lines = [f"memory a device, by rule: {gib(memory.peak)} ({parts})"]
+    lines = [f"memory a device, by rule: {gib(memory.peak)} ({parts}), of {gib(step.target.memory)}"]
     if step.target.chip is not None:
-        lines[0] += f", of {gib(step.target.chip.memory)}"
         limits = floor(step, float(step.length), None)
         lines.append(
             f"floor of a step on {step.target.chip.name}: {limits['step_seconds']:.3f} s by the {limits['limit']}, "
             f"at most {limits['tokens_per_second']:,.0f} tokens/s"
         )
     return "\n".join(lines)
-
-
-def savings(config: config_lib.ConfigDict, target: topology.Target) -> list[tuple[dict[str, Any], int]]:
-    """What would need less memory, by rule: (fields to set, bytes saved on a device), the largest saving first."""
-    now = settle(config, target)
-    tries = [
-        {"train.gradient_accumulation_steps": 2 * now.accumulation},
-        {"model.remat": "full"},
-        {"train.optim": "adamw_8bit"},
-        {"model.params_dtype": "bfloat16"},
-        {"peft.method": "lora"},
-        {"data.max_length": now.length // 256 * 128},
-        {axis: 1 for axis in ("mesh.data", "mesh.tensor")} | {"mesh.fsdp": -1},
-    ]
-    found = []
-    for fields in tries:
-        try:
-            saved = now.memory().peak - settle(with_fields(config, fields), target).memory().peak
-        except ConfigError:  # such as rows that can't be divided further
-            continue
-        if saved > 0:
-            found.append((fields, saved))
-    return sorted(found, key=lambda one: -one[1])
-
-
-def out_of_memory(config: config_lib.ConfigDict, target: topology.Target, error: Exception) -> DoesNotFit:
-    """What to tell a person whose run the device refused: its own report, the plan's figures, what would help."""
-    report = " ".join(str(error).split())
-    knobs = "; ".join(
-        f"{' '.join(f'{name}={value}' for name, value in fields.items())} saves about {gib(saved)}"
-        for fields, saved in savings(config, target)
-    )
-    return DoesNotFit(f"out of memory: {report[:400]}. By rule: {summary(settle(config, target))}. {knobs}")
 
 
 def describe(result: Mapping[str, Any]) -> str:

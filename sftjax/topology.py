@@ -41,6 +41,15 @@ class Target:
     devices: Sequence[jax.Device]
     compiles: bool
 
+    @property
+    def memory(self) -> int:
+        """Bytes of one device: by its data sheet, by what it says itself, or as its share of the host's."""
+        if self.chip is not None:
+            return self.chip.memory
+        here = [device for device in self.devices if device.process_index == jax.process_index()] or self.devices
+        stats = None if self.platform == "cpu" else here[0].memory_stats()
+        return stats["bytes_limit"] if stats and "bytes_limit" in stats else hardware.host_memory() // len(here)
+
 
 def find(name: str) -> Target:
     """The devices of a topology. Call it before jax has been used: it decides which platforms jax opens.

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sftjax import compat, divergence, finish, finished, plan, runs, samples, stopping, topology, tree
+from sftjax import compat, divergence, finish, finished, plan, plan_fit, runs, samples, stopping, topology, tree
 from sftjax import config as config_lib
 from sftjax.data import pipeline as pipelines
 from sftjax.errors import ConfigError, Diverged
@@ -52,7 +52,10 @@ def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bo
                 print(f"{folder.path}: this run is finished. Add --new to train again in a new folder.")
                 return 0
             job = setup(config, folder, allow)
-            print(plan.summary(plan.step_of(config, job.program, topology.here())))
+            step = plan.step_of(config, job.program, topology.here())
+            print(plan.summary(step))
+            if too_large := plan_fit.warning(config, step):
+                print(too_large)
             if dry_run:
                 if preflight:
                     runs.write_text(preflight, json.dumps(job.ledger, indent=2) + "\n")
@@ -64,7 +67,7 @@ def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bo
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise plan.out_of_memory(config, topology.here(), error) from error
+            raise plan_fit.out_of_memory(config, topology.here(), error) from error
         with stop.nothing_to_lose("exporting"):
             finish.finish(job, state, frozen)
     return 0

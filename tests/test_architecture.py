@@ -15,6 +15,7 @@ LAYERS = [
     {"bench_methods", "config_file"},
     {"sweep"},
     {"train", "plan_search", "bench", "serve", "synth"},
+    {"plan_fit"},
     {"plan"},
     {"job"},
     {"job_data", "chat", "finish", "inference"},
@@ -34,7 +35,7 @@ LAYERS = [
 EVERYBODY = {"errors", "paths", "aliases", "arguments"}
 # each with the wings it may use beside numpy, Grain and the tokenizer
 WINGS = {"data": set(), "curate": {"data"}, "scorers": {"data", "curate"}}
-USE_WINGS = set().union(*LAYERS[:8])
+USE_WINGS = set().union(*LAYERS[:9])
 # the others take plain arguments
 USE_CONFIG = {
     "main",
@@ -45,6 +46,7 @@ USE_CONFIG = {
     "job_data",
     "plan",
     "plan_search",
+    "plan_fit",
     "plan_scaling",
     "step_profile",
     "bench",

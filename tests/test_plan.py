@@ -1,5 +1,6 @@
 """The plan: its rules against worked examples, its predictions against what is measured, its tool as a user runs it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from sftjax import config as config_lib
-from sftjax import costs, hardware, hlo, plan, plan_scaling, plan_search, topology
+from sftjax import costs, hardware, hlo, plan, plan_fit, plan_scaling, plan_search, topology
 from sftjax.errors import ConfigError
 from tests.measured_step import MODEL
 
@@ -284,14 +285,53 @@ def test_search_that_finds_nothing_names_the_smallest():
 
 def test_what_would_save_memory_is_ordered(folder):
     config = small_config(folder, train__batch_size=64, model__remat="none")
-    found = plan.savings(config, stand_in(2))
+    found = plan_fit.savings(config, stand_in(2))
     assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True)
     assert {"model.remat": "full"} in [fields for fields, _ in found]
     for fields, saved in found:
         peak = [plan.settle(one, stand_in(2)).memory().peak for one in (config, plan.with_fields(config, fields))]
         assert peak[0] - peak[1] == saved > 0
-    error = plan.out_of_memory(config, stand_in(2), RuntimeError("RESOURCE_EXHAUSTED: 3 GiB"))
+    error = plan_fit.out_of_memory(config, stand_in(2), RuntimeError("RESOURCE_EXHAUSTED: 3 GiB"))
     assert "3 GiB" in str(error) and "model.remat=full saves about" in str(error)
+
+
+def small_device(memory):
+    return dataclasses.replace(stand_in(), chip=dataclasses.replace(hardware.CHIPS["t4"], memory=memory))
+
+
+def test_a_step_that_does_not_fit_is_answered_by_the_nearest_that_does(folder):
+    few, many = (small_config(folder, train__batch_size=rows) for rows in (4, 4096))
+    memory = 2 * plan.settle(few, stand_in()).memory().peak
+    target = small_device(memory)
+    assert plan_fit.warning(few, plan.settle(few, target)) == ""
+    said = plan_fit.warning(many, plan.settle(many, target))
+    fields, peak = plan_fit.nearest(many, target)
+    assert said.startswith("warning: by rule this needs ") and f"there are {plan.gib(memory)}" in said
+    # first what trains the same; what it names fits, and half of it doesn't
+    assert list(fields) == ["train.gradient_accumulation_steps"]
+    count = fields["train.gradient_accumulation_steps"]
+    assert f"--config.train.gradient_accumulation_steps={count}" in said
+    peaks = [
+        plan.settle(plan.with_fields(many, {"train.gradient_accumulation_steps": n}), target).memory().peak
+        for n in (count // 2, count)
+    ]
+    assert peaks[0] > memory >= peaks[1] == peak
+
+
+def test_where_one_row_is_too_much_what_is_trained_has_to_change(folder):
+    config = small_config(folder, train__batch_size=1, train__gradient_accumulation_steps=1)
+    program = plan.settle(config, stand_in()).program
+    memory = plan.settle(plan.with_fields(config, {"peft.method": "lora"}), stand_in()).memory().peak
+    fields, peak = plan_fit.nearest(config, small_device(memory))
+    assert "peft.method" in fields or "train.optim" in fields
+    assert peak <= memory < plan.step_of(config, program, stand_in()).memory().peak
+    impossible = small_device(1000)
+    assert "no setting near it fits" in plan_fit.warning(config, plan.settle(config, impossible))
+
+
+def test_memory_of_a_device_is_its_share_of_what_the_container_has():
+    assert 0 < hardware.host_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert topology.here().memory == hardware.host_memory() // len(jax.devices())
 
 
 def test_padding_free_rows_are_as_long_as_what_a_device_gets(folder):

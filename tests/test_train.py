@@ -216,13 +216,15 @@ def test_changed_settings_are_refused_by_name(place, unbroken):
 def test_a_finished_run_is_not_changed_and_new_takes_another_folder(place, unbroken):
     same = tiny_run.run(command(place, "unbroken", **STEADY))
     assert "this run is finished" in same.stdout
-    changed = {**STEADY, "train__learning_rate": 1e-3, "export__merge": True}
+    changed = {**STEADY, "train__learning_rate": 1e-3, "export__merge": True, "train__batch_size": 2**20}
     refused = tiny_run.run(command(place, "unbroken", **changed), code=78)
     assert "train.learning_rate: 0.003 -> 0.001" in refused.stderr and "export.merge" in refused.stderr
     assert "--new" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
     ledger = place / "counted.json"
     other = [*command(place, "unbroken", **changed), "--new", "--dry_run", f"--preflight={ledger}"]
-    assert f"run folder: {place / 'unbroken'}-2" in tiny_run.run(other).stdout
+    said = tiny_run.run(other).stdout
+    assert f"run folder: {place / 'unbroken'}-2" in said
+    assert "warning: by rule this needs" in said and "--config.train.gradient_accumulation_steps=" in said
     assert json.loads(ledger.read_text())["steps"] and not (place / "unbroken-2").exists()
 
 

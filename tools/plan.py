@@ -33,7 +33,8 @@ def main(argv: list[str]) -> int:
     if config is None or not _TOPOLOGY.value or len(argv) > 1:
         raise ConfigError("give --config=configs/NAME.py and --topology=v5e:4x4 (or another)")
     logging.set_verbosity(logging.WARNING)
-    from sftjax import plan, plan_scaling, plan_search, topology  # after the flags, so that mistakes answer at once
+    # after the flags, so that mistakes answer at once
+    from sftjax import plan, plan_fit, plan_scaling, plan_search, topology
 
     if "," in _TOPOLOGY.value:
         plans = plan_scaling.weak(config, _TOPOLOGY.value.split(","))
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> int:
     make, describe = (plan_search.search, plan_search.describe) if _SEARCH.value else (plan.make, plan.describe)
     result = make(config, target, preflight=preflight, price=_PRICE.value)
     print(describe(result))
+    if not result["memory"]["fits"]:
+        print(f"  remedy      {plan_fit.advice(config, target)}")
     if _OUT.value:
         write(_OUT.value, json.dumps(result, indent=2))
     return 0 if result["memory"]["fits"] else plan.DoesNotFit.exit_code
