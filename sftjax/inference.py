@@ -11,6 +11,7 @@ from typing import BinaryIO
 import orjson
 
 from sftjax import loading
+from sftjax.data import rendered
 from sftjax.data.encode import RowEncoder
 from sftjax.data.sources import open_source
 from sftjax.errors import StorageError
@@ -33,6 +34,7 @@ def score_file(
     with written_whole(out) as file:
         source = open_source({"path": data})
         loaded = loading.load_model(model, adapter=adapter, dtype=dtype, chat_template=chat_template or "")
+        format = rendered.recognised(source, loaded.tokenizer, format)
         encoder = RowEncoder(loaded.tokenizer, format=format, train_on=train_on, on_mask_error="unroll")
         samples, errors = encode_rows(source, encoder)
         lines = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sftjax import config as config_lib
-from sftjax.data import subsets
+from sftjax.data import rendered, subsets
 from sftjax.data.encode import RowEncoder
 from sftjax.data.mixture import Ingredient, Mixture
 from sftjax.data.sources import MIXTURE_KEYS, check_spec, open_source
@@ -38,15 +38,17 @@ def ingredient(
 ) -> Ingredient:
     """A source and how its rows are encoded, from an entry such as those of `data.train`."""
     spec = source_spec(entry)
+    share = {key: spec.pop(key) for key in MIXTURE_KEYS if key in spec}
+    format, fields = spec.pop("format", format), spec.pop("fields", {})
+    source = open_source(spec)
     encode = RowEncoder(
         tokenizer,
-        format=spec.pop("format", format),
-        fields=spec.pop("fields", {}),
+        format=rendered.recognised(source, tokenizer, format, fields),
+        fields=fields,
         train_on=config.data.train_on,
         on_mask_error=config.data.on_mask_error,
     )
-    share = {key: spec.pop(key) for key in MIXTURE_KEYS if key in spec}
-    return Ingredient(open_source(spec), encode, **share, replay=replay)
+    return Ingredient(source, encode, **share, replay=replay)
 
 
 def open_plain_text(config: config_lib.ConfigDict, tokenizer) -> Mixture | None:

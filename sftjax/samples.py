@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from sftjax import divergence
-from sftjax.data import formats
 from sftjax.data.types import RowError, Sample
 from sftjax.errors import DataError
 from sftjax.generate import sample
@@ -45,7 +44,7 @@ def _opening(ingredient, row: int) -> Conversation:
     """The messages up to the first answer; empty for rows that aren't conversations."""
     encode = ingredient.encode
     try:
-        example = next(iter(formats.parse(ingredient.source[row], encode.format, encode.fields)), None)
+        example = next(iter(encode.examples(ingredient.source[row])), None)
     except RowError:
         return []
     messages = getattr(example, "messages", [])

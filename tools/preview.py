@@ -24,6 +24,13 @@ def load_tokenizer(model: str, template: str | None, end_of_turn: str | None):
     return loading.open_model(model, chat_template=template or "", end_of_turn=end_of_turn or "").tokenizer
 
 
+def named_fields(pairs) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise ConfigError(f"--fields {pair}: give NAME=COLUMN, as question=ask")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
@@ -32,8 +39,9 @@ def main() -> int:
     parser.add_argument("--template", help="chat template: built-in name or file (default: the model's own)")
     parser.add_argument("--end_of_turn", help="token that ends an answer, in place of the template's")
     parser.add_argument("--format", default="auto", help="of the rows (default: recognised)")
+    parser.add_argument("--fields", nargs="*", default=(), help="names of columns, as question=ask answer=reply")
     parser.add_argument("--train_on", default="all", choices=("all", "last", "weights"))
-    parser.add_argument("--split", default="", help="part of the file, such as [:100]")
+    parser.add_argument("--split", default="", help="part of the data, such as test or [:100]")
     parser.add_argument("--limit", type=int, help="rows of each file to show (default: .jsonl all, .html 500, else 20)")
     parser.add_argument("--max_length", type=int, default=0, help="with .html: draw the packed rows of so many tokens")
     parser.add_argument("--removed", help="with .html: removed.jsonl of tools/curate.py, to show why a row was removed")
@@ -46,18 +54,23 @@ def main() -> int:
 
     from sftjax.curate import preview as pages
     from sftjax.curate.run import open_inputs
-    from sftjax.data import preview
+    from sftjax.data import preview, rendered
     from sftjax.data.encode import RowEncoder
 
     inputs = open_inputs([{"path": path, "split": args.split} for path in args.data])
     removed = pages.removals(args.removed) if args.removed else {}
     tokenizer = load_tokenizer(args.model, args.template, args.end_of_turn)
-    encoder = RowEncoder(tokenizer, format=args.format, train_on=args.train_on)
+    fields = named_fields(args.fields)
+
+    def encoder(source) -> RowEncoder:
+        format = rendered.recognised(source, tokenizer, args.format, fields)
+        return RowEncoder(tokenizer, format=format, fields=fields, train_on=args.train_on)
+
     limit = args.limit if args.limit is not None else {".jsonl": None, ".html": 500}.get(kind, 20)
     shown = (
         pages.Seen(row, one.name, removed.get((one.name, row.index)))
         for one in inputs
-        for row in preview.rows(one.source, encoder, limit)
+        for row in preview.rows(one.source, encoder(one.source), limit)
     )
     try:
         if args.out:

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
-from sftjax.data import conversations, formats, masks
+from sftjax.data import conversations, formats, masks, rendered
 from sftjax.data.conversations import Conversation
 from sftjax.data.formats import Text, Tokens
 from sftjax.data.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ class RowEncoder:
         self._heads: dict[tuple[str, str], bytes] = {}
 
     def __getstate__(self):
-        return {**self.__dict__, "_heads": {}}
+        return {**{key: value for key, value in self.__dict__.items() if key != "_reader"}, "_heads": {}}
 
     def __call__(self, row: Mapping, index: int = 0, source: int = 0) -> list[Sample]:
         """Samples of one row. Raises RowError when it gives none."""
@@ -111,15 +112,26 @@ class RowEncoder:
 
     def fingerprint(self) -> str:
         """Hex digest of everything that decides a row's samples: tokenizer, template, format and policy."""
-        policy = {key: value for key, value in self.__dict__.items() if key not in ("tokenizer", "_heads")}
+        policy = {key: value for key, value in self.__dict__.items() if key not in ("tokenizer", "_heads", "_reader")}
         text = json.dumps([VERSION, self.tokenizer.fingerprint(), policy], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def examples(self, row: Mapping) -> list[formats.Example]:
+        """What a row holds. Raises RowError."""
+        found = list(formats.parse(row, self.format, self.fields))
+        if self.format != "rendered":
+            return found
+        return [self._reader.read(one) if isinstance(one, Text) else one for one in found]
+
+    @cached_property
+    def _reader(self) -> rendered.Reader:
+        return rendered.Reader(self.tokenizer)
 
     # --- rows to texts -------------------------------------------------------------------------------------------
 
     def _prepare(self, row) -> list | RowError:
         try:
-            examples = list(formats.parse(row, self.format, self.fields))
+            examples = self.examples(row)
             parts = [_noted(part, example.notes) for example in examples for part in self._render(example)]
         except RowError as error:
             return error
@@ -175,7 +187,9 @@ class RowEncoder:
         if tokenizer.eos_id is None:
             raise ConfigError("the tokenizer has no EOS token, and texts and completions end with it: set eos_token")
         text = example.prompt + example.completion
-        hidden = tokenizer.hide_control_tokens(example.prompt) + tokenizer.hide_control_tokens(example.completion)
+        hidden = text
+        if not example.raw:
+            hidden = "".join(map(tokenizer.hide_control_tokens, (example.prompt, example.completion)))
         flags = ("control_text",) if hidden != text else ()
         if flags and self.control_text == "error":
             raise RowError("control_text", "the text spells a control token")
@@ -200,6 +214,10 @@ class RowEncoder:
         before, behind = list(tokenizer.prefix_ids), list(tokenizer.suffix_ids)
         if not behind or behind[-1] != tokenizer.eos_id:
             behind.append(tokenizer.eos_id)
+        if before and encoded.ids[: len(before)].tolist() == before:  # raw text brings its own
+            before = []
+        if (ends := np.flatnonzero(tokenizer.is_turn_end[encoded.ids])).size:
+            behind = behind if part.text[encoded.ends[ends[-1]] :].strip() else []
         first, heads = 0, ()
         if prompt_length:
             first = int(masks.first_tokens(encoded, [prompt_length])[0])

@@ -13,10 +13,14 @@
 | oasst              | prompt: {role, text, replies: [...]} (a tree: one for each path)         | conversation |
 | prompt_completion  | prompt, completion (texts, or lists of messages)                         | either       |
 | text               | text                                                                     | text         |
+| rendered           | text, or prompt and completion, as the chat template writes them         | conversation |
+| raw_text           | the same, where control tokens that they spell are such (named only)     | text         |
 | tokens             | input_ids, labels? | weights? | loss_mask?, attention_mask?              | tokens       |
 
-How turns may be written: `turns`. What a message may say of its weight: `weighting`. A column `system` or
-`system_prompt` is the system text of a conversation without one. Columns with text that no format reads are noted.
+"rendered" is recognised by a whole source (`rendered`). How turns may be written: `turns`. What a message may say of
+its weight: `weighting`. A column `system` or `system_prompt` is the system text of a conversation without one. Columns
+with text that no format reads are noted.
+
 Values may be JSON text where a list is due (CSV and Parquet have it so), and a dict of lists where a list of dicts is
 due (TFDS and Arrow). No key is ever filled in with None.
 """
@@ -38,11 +42,12 @@ from sftjax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Text:
-    """A completion behind a prompt ("" = all of it is trained)."""
+    """A completion behind a prompt ("" = all of it is trained). `raw`: control tokens that it spells are such."""
 
     prompt: str
     completion: str
     notes: tuple[str, ...] = ()
+    raw: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,15 @@ def _plain_text(row) -> Iterator[Example]:
     yield Text("", text)
 
 
+def _any_text(row) -> Iterator[Example]:
+    yield from (_prompt_completion if "completion" in row else _plain_text)(row)
+
+
+def _raw_text(row) -> Iterator[Example]:
+    for example in _any_text(row):
+        yield replace(example, raw=True) if isinstance(example, Text) else example
+
+
 def _tokens(row) -> Iterator[Example]:
     ids = _array(row, "input_ids")
     if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
@@ -271,5 +285,7 @@ PARSERS = {
     "oasst": turns.oasst,
     "prompt_completion": _prompt_completion,
     "text": _plain_text,
+    "rendered": _any_text,
+    "raw_text": _raw_text,
     "tokens": _tokens,
 }

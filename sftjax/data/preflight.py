@@ -436,11 +436,11 @@ def _warnings(report: Preflight) -> list[str]:
 def _holds_conversations(ingredient: Ingredient) -> bool:
     """Whether a source's rows are conversations, from the first one that can be read (False for own encoders)."""
     encode = ingredient.encode
-    if ingredient.replay or not hasattr(encode, "format"):
+    if ingredient.replay or not hasattr(encode, "examples"):
         return False
     for row in range(min(_KIND_ROWS, len(ingredient.source))):
         try:
-            for example in formats.parse(ingredient.source[row], encode.format, encode.fields):
+            for example in encode.examples(ingredient.source[row]):
                 return isinstance(example, formats.Conversation)
         except RowError:
             continue

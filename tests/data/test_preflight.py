@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sftjax.data import preflight
+from sftjax.data import formats, preflight
 from sftjax.data.mixture import Ingredient, Mixture
 from sftjax.data.pipeline import build
 from sftjax.data.subsets import Subset, first_rows, hold_out
@@ -25,7 +25,9 @@ TOKENIZER = SimpleNamespace(stop_ids=(7,), bos_id=1)
 class ChatEncoder:
     """Rows of messages whose ids and weights stand beside them."""
 
-    format, fields = "messages", {}
+    def examples(self, row):
+        return [*formats.parse(row, "messages")]
+
 
     def __call__(self, row, index=0, source=0):
         tokens = np.array(row["tokens"], np.int32)
