@@ -186,7 +186,7 @@ def settle_settings(
 
 def grown(config: config_lib.ConfigDict, opened: loading.Opened) -> ModelConfig:
     """The model with room for the tokens that the chat template adds; says so."""
-    size = max(opened.config.vocab_size, opened.tokenizer.vocab_size)
+    size = max(opened.config.vocab_size, opened.tokenizer.rows)
     rows = vocab.padded_size(size, config.model.pad_vocab_to_multiple_of)
     if opened.new_token_ids:
         print(

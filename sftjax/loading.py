@@ -14,7 +14,6 @@ import jax
 from jax.sharding import Mesh
 
 from sftjax.data import tokenizer as tokenizers
-from sftjax.errors import ConfigError
 from sftjax.kernels import nf4
 from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
@@ -53,7 +52,7 @@ def open_model(path: str, *, chat_template: str = "", end_of_turn: str = "", ada
       adapter: PEFT folder, whose tokenizer is taken where it has one: its template may have added tokens.
 
     Raises:
-      ConfigError: not a model, not understood, or a tokenizer that has ids beyond the embedding.
+      ConfigError: not a model, or not understood.
     """
     files = hf.open_model(path)
     with contextlib.nullcontext(adapter) if has_tokenizer(adapter) else _tokenizer_folder(files) as folder:
@@ -61,11 +60,8 @@ def open_model(path: str, *, chat_template: str = "", end_of_turn: str = "", ada
     rows = files.config.vocab_size
     if adapter is not None:
         rows = max(rows, peft_format.vocab_rows(adapter) or 0)
-    if tokenizer.vocab_size > rows and not tokenizer.added_tokens:
-        raise ConfigError(
-            f"{files.path}: the tokenizer has {tokenizer.vocab_size} ids but the embedding has "
-            f"{rows} rows; take the tokenizer that belongs to these weights"
-        )
+    if not tokenizer.added_tokens:
+        tokenizer.fit_rows(rows)
     return Opened(files, files.config, tokenizer)
 
 

@@ -23,7 +23,7 @@ except ImportError as missing:
 
 from sftjax import loading
 from sftjax.assess import recorded
-from sftjax.errors import ConfigError
+from sftjax.errors import ConfigError, DataError
 from sftjax.generate.sample import Generator
 from sftjax.inference import written_whole
 from sftjax.models import decoder
@@ -79,6 +79,8 @@ class SftjaxLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids; with what the tokenizer puts in front (a BOS, mostly) unless the text has it, or it isn't wanted."""
         ids, first = [int(one) for one in self._ours.encode(string)], list(self._ours.prefix_ids)
+        if (problem := self._ours.no_row(ids)) is not None:
+            raise DataError(f"{string[:80]!r}: {problem}")
         if add_special_tokens is False or (add_special_tokens is None and ids[: len(first)] == first):
             return ids
         return first + ids

@@ -200,11 +200,12 @@ class RowEncoder:
     def _draft(self, part, encoded) -> _Draft:
         tokenizer = self.tokenizer
         if isinstance(part, Tokens):
-            if int(part.ids.max()) >= tokenizer.vocab_size:
-                raise RowError("bad_ids", f"id {part.ids.max()} is not in the vocabulary of {tokenizer.vocab_size}")
+            if (problem := tokenizer.no_row(part.ids)) is not None:
+                raise RowError("bad_ids", problem)
             return _Draft(part.ids, part.weights.copy(), part.notes, ())
         if part.prompt_length is not None:
             return self._draft_text(part, encoded)
+        self._check_rows(encoded.ids)
         masked = masks.mask(tokenizer, part, encoded)
         return _Draft(encoded.ids, masked.weights, masked.flags, masked.heads)
 
@@ -227,10 +228,16 @@ class RowEncoder:
                 flags.append("straddle")
             heads = ((0, first, part.text[:prompt_length], part.hidden[:prompt_length]),)
         ids = np.concatenate([np.array(before, np.int32), encoded.ids, np.array(behind, np.int32)])
+        self._check_rows(ids)
         weights = np.ones(len(ids), np.float32)
         weights[: len(before) + first] = 0
         heads = tuple((a + len(before), b + len(before), text, hidden) for a, b, text, hidden in heads)
         return _Draft(ids, weights, tuple(flags), heads)
+
+    def _check_rows(self, ids: np.ndarray) -> None:
+        fits = self.tokenizer.rows == self.tokenizer.vocab_size  # as nearly always
+        if not fits and (problem := self.tokenizer.no_row(ids)) is not None:
+            raise RowError("no_embedding_row", problem)
 
     def _compare_prompts(self, drafts: Sequence[_Draft]) -> None:
         """Flags the samples whose prompt generation would tokenise otherwise."""

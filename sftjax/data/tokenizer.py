@@ -53,6 +53,7 @@ class Tokenizer:
       prefix_ids, suffix_ids: what the tokenizer adds around plain text by itself (a BOS, mostly).
       added_tokens: names of tokens that are new to the model: its embedding must reach their ids.
       vocab_size: number of ids, added ones included.
+      rows: how many ids the model has a row for in its embedding; `vocab_size` unless `fit_rows` said less.
       came: the files it was read from, by name; empty in a copy from another process.
     """
 
@@ -75,7 +76,7 @@ class Tokenizer:
         self.prefix_ids, self.suffix_ids = _additions(backend)
         backend.post_processor = _no_post_processor()
         self.backend = backend
-        self.vocab_size = len(hf)
+        self.vocab_size = self.rows = len(hf)
         self._unknown = hf.unk_token
         self.eos_id, self.bos_id = hf.eos_token_id, hf.bos_token_id
         candidates = (hf.pad_token_id, self.eos_id, hf.unk_token_id, 0)
@@ -92,6 +93,30 @@ class Tokenizer:
             self.end_of_turn_id = self._find_end_of_turn()
         stops = [self.end_of_turn_id, *stop_ids, self.eos_id]
         self.stop_ids = tuple(dict.fromkeys(number for number in stops if number is not None))
+
+    def fit_rows(self, rows: int) -> None:
+        """Says how many rows the model's embedding has, where the tokenizer has more ids (Gemma 3's image token).
+
+        Those ids are never padding and never a stop token; where one occurs in a text, `no_row` tells.
+        """
+        self.rows = min(rows, self.vocab_size)
+        self.stop_ids = tuple(number for number in self.stop_ids if number < rows)
+        if self.pad_id >= rows:
+            self.pad_id = self.eos_id if self.eos_id is not None and self.eos_id < rows else 0
+
+    def no_row(self, ids: Sequence[int] | np.ndarray, rows: int | None = None) -> str | None:
+        """What is wrong with ids that the model's embedding has no row for; None where all have one.
+
+        Args:
+          rows: of the embedding; None: what `fit_rows` said.
+        """
+        rows = self.rows if rows is None else rows
+        last = max(ids, default=0) if isinstance(ids, (list, tuple)) else int(np.max(ids, initial=0))
+        if last < rows:
+            return None
+        name = self.backend.id_to_token(int(last))
+        what = f"id {last}" if name is None else f"the token {name!r} (id {last})"
+        return f"{what} has no row in the model's embedding, which has {rows}"
 
     def __getstate__(self):
         left = ("plain_backends", "control_text", "control_tokens")  # made again on demand

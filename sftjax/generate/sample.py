@@ -96,7 +96,7 @@ class Generator:
           n outputs for each prompt, prompt by prompt.
 
         Raises:
-          DataError: an empty prompt.
+          DataError: an empty prompt, or one with a token that the model has no row for.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if stop_ids is None:
@@ -108,6 +108,8 @@ class Generator:
             ids = encode_prompt(self.tokenizer, prompt)
             if not ids:
                 raise DataError(f"prompt {number} is empty: give at least one token")
+            if max(ids) >= self.config.vocab_size:
+                raise DataError(f"prompt {number}: {no_row(self.tokenizer, ids, self.config.vocab_size)}")
             for sample in range(n):
                 report = None if on_text is None else functools.partial(on_text, len(answers))
                 answers.append(Answer(ids, key=(seed, number, sample), on_text=report, **shared))
@@ -129,6 +131,11 @@ class Generator:
             batch_size=self.batch_size,
             steps=self.steps,
         )
+
+
+def no_row(tokenizer: Any, ids: Sequence[int], rows: int) -> str:
+    """What is wrong with ids beyond the embedding's rows."""
+    return f"there is no token {max(ids)}" if tokenizer is None else tokenizer.no_row(ids, rows)
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:

@@ -148,7 +148,8 @@ class _Service:
         if not ids:
             raise ApiError(400, f"{where}: empty; give at least one token", param=where, code="invalid_value")
         if max(ids) >= model.generator.config.vocab_size:
-            raise ApiError(400, f"{where}: there is no token {max(ids)}", param=where, code="invalid_value")
+            problem = model.generator.tokenizer.no_row(ids, model.generator.config.vocab_size)
+            raise ApiError(400, f"{where}: {problem}", param=where, code="invalid_value")
         room = model.context - len(ids)
         wanted = 1 if asked.max_tokens is None else asked.max_tokens
         if wanted > room:

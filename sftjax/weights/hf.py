@@ -7,6 +7,7 @@ params = load_params(files, files.config, "bfloat16", shardings)
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
@@ -22,7 +23,8 @@ from sftjax.weights import families, gguf, load, mxfp4, rules, safetensors
 from sftjax.weights.files import Folder, is_remote
 
 _HUB_ID = re.compile(r"[\w][\w.\-]*/[\w][\w.\-]*", re.ASCII)
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+# Beside the weights; in folders are only copies in other formats (`original/`, `onnx/`), but for chat templates.
+_SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +80,45 @@ def resolve(path: str | os.PathLike) -> str:
     if not _HUB_ID.fullmatch(name):
         raise ConfigError(f"{path}: no such folder or .gguf file")
     try:
-        from huggingface_hub import snapshot_download
-
-        return snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES)
+        return _download(name, revision or None)
     except Exception as error:  # the hub's errors share no base class; all mean the same here
         raise ConfigError(
             f"{path}: no such folder here, and the hub can't provide it ({type(error).__name__}); "
             f"without a network, copy the model's folder to this machine and give its path"
         ) from error
+
+
+def _download(name: str, revision: str | None) -> str:
+    """A snapshot in the hub's cache, with those weights that are read: some repositories hold them several times."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        siblings = HfApi().model_info(name, revision=revision).siblings
+    except Exception:  # no network, or none wanted: what was fetched before is as good
+        if (cached := _cached(name, revision)) is None:
+            raise
+        return cached
+    names = [file.rfilename for file in siblings or ()]
+    small = [
+        one
+        for one in names
+        if any(fnmatch.fnmatchcase(one, pattern) for pattern in _SMALL_FILES)
+        and ("/" not in one or one.startswith("additional_chat_templates/"))
+    ]
+    folder = snapshot_download(name, revision=revision, allow_patterns=small)
+    index = safetensors.INDEX in small
+    weights = safetensors.files_of_index(Folder(folder)) if index else safetensors.weight_files(names)
+    return snapshot_download(name, revision=revision, allow_patterns=[*small, *weights])
+
+
+def _cached(name: str, revision: str | None) -> str | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:  # newer versions refuse a snapshot that lacks a file of those asked for, and so does what reads the weights
+        return snapshot_download(name, revision=revision, allow_patterns=["config.json"], local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any]:

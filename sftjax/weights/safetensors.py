@@ -21,6 +21,7 @@ import numpy as np
 from sftjax.errors import ConfigError, StorageError
 from sftjax.weights.files import Folder, RangeFile, copy_converted
 
+INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 25 * 10**6
 _MAX_TENSORS = 200_000
 DTYPES = {
@@ -160,11 +161,9 @@ def open_folder(folder: Folder) -> dict[str, Stored]:
       StorageError: a file is missing or damaged.
     """
     names = folder.names()
-    if "model.safetensors.index.json" in names:
-        return _open_sharded(folder, "model.safetensors.index.json")
-    files = [name for name in names if name.endswith(".safetensors")]
-    if "model.safetensors" in files:
-        files = ["model.safetensors"]
+    if INDEX in names:
+        return _open_sharded(folder)
+    files = weight_files(names)
     if not files:
         pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
         hint = f"; {pickles[0]} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
@@ -179,16 +178,40 @@ def open_folder(folder: Folder) -> dict[str, Stored]:
     return found
 
 
-def _open_sharded(folder: Folder, index_name: str) -> dict[str, Stored]:
-    where = f"{folder.path}/{index_name}"
+def weight_files(names: Iterable[str]) -> list[str]:
+    """Which of a folder's files hold the weights, where there is no index.
+
+    `consolidated*.safetensors` holds them again under Mistral's own names.
+    """
+    files = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    if "model.safetensors" in files:
+        return ["model.safetensors"]
+    parts = [name for name in files if name.startswith("model")]
+    return parts or [name for name in files if not name.startswith("consolidated")] or files
+
+
+def files_of_index(folder: Folder) -> list[str]:
+    """The weight files that the folder's index names. Raises ConfigError."""
+    return sorted(set(_weight_map(folder).values()))
+
+
+def _weight_map(folder: Folder) -> dict[str, str]:
+    """`{tensor: file}` of the index."""
+    where = f"{folder.path}/{INDEX}"
     try:
-        weight_map = json.loads(folder.read_bytes(index_name, _MAX_HEADER), object_pairs_hook=_unique)["weight_map"]
+        weight_map = json.loads(folder.read_bytes(INDEX, _MAX_HEADER), object_pairs_hook=_unique)["weight_map"]
         files = sorted(set(weight_map.values()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{where}: not a sound index ({error})") from error
     for name in files:
         if not isinstance(name, str) or not name.endswith(".safetensors"):
             raise ConfigError(f"{where}: names {str(name)[:80]!r}, which isn't a .safetensors file")
+    return weight_map
+
+
+def _open_sharded(folder: Folder) -> dict[str, Stored]:
+    where, weight_map = f"{folder.path}/{INDEX}", _weight_map(folder)
+    files = sorted(set(weight_map.values()))
     opened = {name: read_header(folder.open(name)) for name in files}
     problems = [f"{tensor!r} isn't in {name}" for tensor, name in weight_map.items() if tensor not in opened[name]]
     problems += [

@@ -1,11 +1,16 @@
 import json
 import pickle
 import struct
+import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
 
 from sftjax.errors import ConfigError, StorageError
 from sftjax.weights import safetensors
@@ -173,3 +178,13 @@ def test_bfloat16_widens_exactly(tmp_path):
     out = np.empty(every.shape, np.float32)
     copy_converted(every, out)
     assert np.array_equal(out, every.astype(np.float32), equal_nan=True)
+
+
+def test_weights_that_are_there_twice_are_read_once(tmp_path):
+    raw = tiny.config_dict("llama")
+    folder = tiny.write_model(tmp_path, raw, tiny.random_tensors(raw), files=2)
+    (folder / "consolidated.safetensors").write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
+    expected = {name: stored.file.path for name, stored in safetensors.open_folder(Folder(folder)).items()}
+    (folder / safetensors.INDEX).unlink()
+    found = safetensors.open_folder(Folder(folder))
+    assert {name: stored.file.path for name, stored in found.items()} == expected
