@@ -332,3 +332,119 @@ def test_the_page_compares_two_models(server, client, tmp_path, size):
             return document.querySelector("#left .note").textContent;
         })()""")
         assert stopped == "stopped"
+
+
+CONVERSATIONS = """
+globalThis.sent = [];  // the messages of each request, by model
+const plain = fetch;
+globalThis.fetch = (address, options) => {
+  const body = JSON.parse(options.body);
+  sent.push([body.model, body.messages.map(message => [message.role, message.content])]);
+  return globalThis.broken ? broken(options.signal) : plain(address, options);
+};
+globalThis.pause = () => new Promise(wake => setTimeout(wake, 10));
+globalThis.begun = async name => { while (!said(name).at(-1)) await pause(); };
+globalThis.ask = (text, longest) => { byId("max_tokens").value = longest; byId("text").value = text; return send(); };
+globalThis.choose = (name, model) => {
+  byId(name).querySelector("select").value = model;
+  byId(name).querySelector("select").dispatchEvent(new Event("change"));
+};
+globalThis.said = name => [...byId(name).querySelectorAll(".said")].map(part => part.textContent);
+globalThis.over = () => { byId("clear").click(); sent.length = 0; };
+globalThis.started = text => `data: {"choices": [{"delta": {"content": "${text}"}}]}\\n\\n`;
+"""
+STREAMS_THAT_END_EARLY = {
+    "the network": """() => new Response(new ReadableStream({
+        start(stream) { stream.enqueue(new TextEncoder().encode(started("half"))); },
+        pull(stream) { stream.error(new TypeError("network error")); },
+    }))""",
+    "the connection ended": """() => new Response(started("half"))""",
+    "no answer": """() => Promise.reject(new TypeError("no answer"))""",
+    "502": """() => new Response("<html>", {status: 502, statusText: "Bad Gateway"})""",
+}
+
+
+@pytest.fixture(scope="module")
+def page(server, tmp_path_factory):
+    with browser.open_page(server, tmp_path_factory.mktemp("profile")) as page:
+        page.evaluate(CONVERSATIONS + "null")
+        page.evaluate("(() => { byId('temperature').value = 0; choose('left', 'base'); choose('right', ''); })()")
+        yield page
+
+
+@pytest.mark.parametrize(
+    "leave", ["byId('clear').click()", "choose('left', 'tuned')"], ids=["start over", "another model"]
+)
+def test_an_answer_that_is_left_writes_nothing(page, leave):
+    """The next message begins a conversation, on the screen and in what the model is asked."""
+    sent, said, busy = page.evaluate(f"""(async () => {{
+        over(); choose("left", "base");
+        const old = ask("the old question", 99);
+        await begun("left");
+        {leave};
+        const free = !byId("send").disabled && byId("stop").disabled && byId("left").querySelector(".note").textContent;
+        await ask("the cat", 4); await old; await ask("the dog", 4);
+        return [sent, said("left"), free];
+    }})()""")
+    assert busy == ""
+    assert sent[0][1] == [["user", "the old question"]] and sent[1][1] == [["user", "the cat"]]
+    assert [role for role, _ in sent[2][1]] == ["user", "assistant", "user"]
+    assert said[0] == "the cat" and said[2] == "the dog" and len(said) == 4 and sent[2][1][1][1] == said[1]
+
+
+def test_another_model_on_one_side_leaves_the_other_alone(page):
+    sent = page.evaluate("""(async () => {
+        over(); choose("left", "base"); choose("right", "tuned");
+        const old = ask("the old question", 99);
+        await begun("right");
+        choose("left", "tuned");
+        await old; await ask("the cat", 4);
+        choose("right", "");
+        return sent.slice(2).map(([model, messages]) => messages.map(([role]) => role));
+    })()""")
+    assert sent == [["user"], ["user", "assistant", "user"]]
+
+
+def test_stop_keeps_what_was_said_and_drops_what_was_not_answered(page):
+    sent, said, notes, again = page.evaluate("""(async () => {
+        over(); const notes = [];
+        const note = () => notes.push(byId("left").querySelector(".note").textContent);
+        const none = ask("never answered", 99);
+        byId("stop").click();
+        await none; note();
+        const again = byId("text").value;
+        const half = ask("half answered", 99);
+        await begun("left"); byId("stop").click(); byId("stop").click();
+        await half; note();
+        await ask("the cat", 4);
+        return [sent, said("left"), notes, again];
+    })()""")
+    assert notes == ["stopped: the model won't see this message again", "stopped"] and again == "never answered"
+    assert sent[1][1] == [["user", "half answered"]]
+    assert sent[2][1] == [["user", "half answered"], ["assistant", said[3]], ["user", "the cat"]] and said[3]
+
+
+@pytest.mark.parametrize("reason", STREAMS_THAT_END_EARLY)
+def test_an_answer_that_breaks_off_is_shown_and_not_remembered(page, reason):
+    sent, failed, again = page.evaluate(f"""(async () => {{
+        over();
+        globalThis.broken = {STREAMS_THAT_END_EARLY[reason]};
+        await ask("the cat", 4);
+        globalThis.broken = null;
+        const failed = byId("left").querySelector(".assistant.failed").textContent, again = byId("text").value;
+        await send();
+        return [sent, failed, again];
+    }})()""")
+    assert reason.removeprefix("the ").split()[0] in failed and again == "the cat"
+    assert [messages for _, messages in sent] == [[["user", "the cat"]]] * 2
+
+
+def test_a_message_is_sent_once(page):
+    sent = page.evaluate("""(async () => {
+        over();
+        const one = ask("the cat", 4), two = ask("the cat", 4);
+        byId("text").dispatchEvent(new KeyboardEvent("keydown", {key: "Enter"}));
+        await one; await two;
+        return [sent.length, byId("text").value];
+    })()""")
+    assert sent == [1, "the cat"]
