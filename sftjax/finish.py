@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sftjax import doctor, loading, report, tree
+from sftjax import doctor, held_out, loading, report, tree
 from sftjax.checkpoint import Checkpointer
 from sftjax.data import pipeline as pipelines
 from sftjax.errors import Diverged
-from sftjax.evaluate import Evaluation, bootstrap_difference
 from sftjax.models import decoder
 from sftjax.parallel import partition
 from sftjax.peft import merge
@@ -88,15 +87,10 @@ def chosen_state(job, state):
 
 def compare_held_out(job, step: int) -> dict[str, Any]:
     """Held-out loss before and after, with the interval of the difference over conversations."""
-    before, after = (load_evaluation(job.folder.file(f"evaluation-{number}.npz")) for number in (0, step))
+    before, after = (held_out.load(job.folder.file(f"evaluation-{number}.npz")) for number in (0, step))
     if before is None or after is None:
         return {}
-    difference, low, high = bootstrap_difference(before, after)
-    return {
-        "eval_loss_before": before.loss,
-        "eval_loss_after": after.loss,
-        "difference": difference,
-        "difference_95": [low, high],
+    return _compared("", held_out.compare(before, after)) | {
         "held_out_examples": len(after.keys),
         "held_out_trained_tokens": int(after.trained.sum()),
     }
@@ -104,24 +98,18 @@ def compare_held_out(job, step: int) -> dict[str, Any]:
 
 def compare_plain_text(job, step: int) -> dict[str, Any]:
     """Loss on held-out plain text before and after: what was forgotten."""
-    before, after = (load_evaluation(job.folder.file(f"plain-text-{number}.npz")) for number in (0, step))
-    if before is None or after is None:
-        return {}
-    difference, low, high = bootstrap_difference(before, after)
+    before, after = (held_out.load(job.folder.file(f"plain-text-{number}.npz")) for number in (0, step))
+    return {} if before is None or after is None else _compared("plain_text_", held_out.compare(before, after))
+
+
+def _compared(prefix: str, found: held_out.Difference) -> dict[str, Any]:
+    loss = prefix or "eval_"
     return {
-        "plain_text_loss_before": before.loss,
-        "plain_text_loss_after": after.loss,
-        "plain_text_difference": difference,
-        "plain_text_difference_95": [low, high],
+        f"{loss}loss_before": found.before,
+        f"{loss}loss_after": found.after,
+        f"{prefix}difference": found.after - found.before,
+        f"{prefix}difference_95": [found.low, found.high],
     }
-
-
-def load_evaluation(path: str) -> Evaluation | None:
-    if not os.path.exists(path):
-        return None
-    with np.load(path, allow_pickle=False) as file:
-        values = {name: file[name] for name in file.files}
-    return Evaluation(**{**values, "source_names": tuple(values["source_names"].tolist())})
 
 
 def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
@@ -254,18 +242,14 @@ def verification_tokens(job) -> np.ndarray:
 def say(job, summary: dict[str, Any]) -> None:
     """The end of the run, for a person."""
     print()
-    if "eval_loss_before" in summary:
-        low, high = summary["difference_95"]
+    if found := report.difference(summary):
         print(
-            f"held-out response loss: {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after "
-            f"(difference {summary['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, over "
+            f"held-out response loss: {found.before:.4f} before, {found.after:.4f} after (difference {found}, over "
             f"{summary['held_out_examples']} conversations never trained on)"
         )
-    if "plain_text_loss_before" in summary:
-        low, high = summary["plain_text_difference_95"]
+    if found := report.difference(summary, "plain_text_"):
         print(
-            f"plain text loss: {summary['plain_text_loss_before']:.4f} before, {summary['plain_text_loss_after']:.4f} "
-            f"after (difference {summary['plain_text_difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}): "
+            f"plain text loss: {found.before:.4f} before, {found.after:.4f} after (difference {found}): "
             "above 0 is what was forgotten"
         )
     say_samples(job)

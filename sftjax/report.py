@@ -23,6 +23,7 @@ import jinja2
 
 from sftjax.charts import Series, line_chart, number, smooth
 from sftjax.errors import StorageError
+from sftjax.held_out import Difference
 
 MAX_MASKS, MAX_PROMPTS, MAX_TEXT = 12, 12, 6000
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -152,11 +153,9 @@ def _tiles(run: Run) -> list[dict[str, str]]:
     tiles = []
     before, after = _before_after(run)
     if before is not None and after is not None:
-        low_high = run.summary.get("difference_95")
-        note = f"{after - before:+.4f}"
-        if isinstance(low_high, list) and len(low_high) == 2:
-            note += f", 95 % interval {low_high[0]:+.4f} to {low_high[1]:+.4f}"
-        good = "good" if after < before else "bad"
+        found = difference(run.summary)
+        note = str(found) if found else f"{after - before:+.4f}"
+        good = "good" if found and found.fell else "bad" if found and found.rose else ""
         tiles.append({"label": "held-out loss", "value": f"{before:.3f} → {after:.3f}", "note": note, "class": good})
     elif run.train:
         tiles.append({"label": "training loss", "value": _number(run.train[-1]["loss"]), "note": "last step"})
@@ -187,6 +186,18 @@ def _before_after(run: Run) -> tuple[float | None, float | None]:
         return run.summary["eval_loss_before"], run.summary.get("eval_loss_after")
     losses = [line["eval_loss"] for line in run.evals if isinstance(line.get("eval_loss"), int | float)]
     return (losses[0], losses[-1]) if len(losses) > 1 else (None, None)
+
+
+def difference(summary: Mapping[str, Any], prefix: str = "") -> Difference | None:
+    """What a run's summary says of its held-out loss, or (prefix "plain_text_") of the loss of plain text; None where
+    it says nothing."""
+    loss = prefix or "eval_"
+    values = (summary.get(f"{loss}loss_before"), summary.get(f"{loss}loss_after"))
+    interval = summary.get(f"{prefix}difference_95")
+    if not isinstance(interval, list) or len(interval) != 2:
+        return None
+    found = Difference(*values, *interval)
+    return found if all(isinstance(value, int | float) for value in found) else None
 
 
 def _charts(run: Run) -> list[dict[str, Any]]:

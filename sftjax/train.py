@@ -24,7 +24,8 @@ from sftjax import compat, divergence, finish, finished, plan, plan_fit, runs, s
 from sftjax import config as config_lib
 from sftjax.data import pipeline as pipelines
 from sftjax.errors import ConfigError, Diverged
-from sftjax.evaluate import Evaluation, Patience, evaluate
+from sftjax.evaluate import Patience, evaluate
+from sftjax.held_out import Evaluation
 from sftjax.job import Job, check_finished, load_variables, setup
 from sftjax.runlog import RunLog
 
@@ -400,5 +401,4 @@ def evaluate_held_out(job: Job, mixture, state, frozen) -> Evaluation:
 def evaluation_to_file(job: Job, evaluation: Evaluation, name: str) -> None:
     """Per-example sums, so that the difference to the end can be judged after a resume too."""
     if jax.process_index() == 0:
-        path = job.folder.file(f"{name}.npz")
-        np.savez(path, **{f.name: getattr(evaluation, f.name) for f in dataclasses.fields(evaluation)})
+        evaluation.save(job.folder.file(f"{name}.npz"))

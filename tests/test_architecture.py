@@ -24,7 +24,7 @@ LAYERS = [
     {"program"},
     {"step"},
     {"optim", "metrics", "checkpoint", "runs", "stopping", "weights"},
-    {"optim8bit", "digest", "lock", "charts", "hlo", "hardware", "distributed"},
+    {"optim8bit", "digest", "lock", "charts", "held_out", "hlo", "hardware", "distributed"},
     {"models"},
     {"peft"},
     {"kernels"},

@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sftjax import doctor, report
+from sftjax import doctor, held_out, report
 from sftjax.doctor.figures import Figures, words
 from sftjax.errors import ConfigError
 from tests import faulty_runs, tiny_run
@@ -294,7 +295,8 @@ def test_the_quickstart_as_the_readme_shows_it_is_healthy(tmp_path):
             "lost_trained_tokens": 0, "packing_efficiency": 0.984, "proposed_length": 3072, "steps": 60,
         },
         model={"parameters": {"base": 134_515_008, "trainable": 4_884_480}, "stop_ids": [2]},
-        summary={"difference_95": [-0.4383, -0.3536], "adapters": {"count": 210, "zero": 0}},
+        summary={"eval_loss_before": 4.1339, "eval_loss_after": 3.7363, "difference_95": [-0.4383, -0.3536],
+                 "adapters": {"count": 210, "zero": 0}},
         environment={"backend": "cpu"},
         timing=[{"step_seconds": 4.3, "padded_tokens_per_second": 480, "waiting_share": 0.0}] * 60,
         answers=[{"answer": PROSE, "finish_reason": "length", "num_tokens": 64}] * 3,
@@ -324,3 +326,77 @@ def test_the_course_of_a_noisy_loss(tmp_path):
     assert Figures(str(write_run(tmp_path / "b", losses=drifting))).training.fell
     assert Figures(str(write_run(tmp_path / "c", losses=noisy[:9]))).falling is None
     assert words("红猫 sees it.") == ["红", "猫", "sees", "it."]
+
+
+# --- one test of significance for the doctor and the report --------------------------------------------------------
+
+
+def evaluation(losses, source=None):
+    keys = np.array([[0 if source is None else source[n], n, 0] for n in range(len(losses))])
+    ones = np.ones(len(losses))
+    return held_out.Evaluation(keys, np.array(losses, float), ones, ones.astype(int), ones.astype(int), ("a", "b"))
+
+
+def tile(folder):
+    return next(tile for tile in report.page(str(folder))["tiles"] if tile["label"] == "held-out loss")
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["with the sums", "with the summary alone"])
+@pytest.mark.parametrize("change, says", [(-0.1, "good"), (-1.2, "good"), (0.0, ""), (0.1, "bad"), (2.0, "bad")])
+@pytest.mark.parametrize("spread", [0.01, 2.0])
+def test_the_doctor_says_what_the_report_says(tmp_path, change, says, spread, saved):
+    """A skewed interval, as of few conversations: one of them changes much more than the others."""
+    draws = np.random.default_rng(3).standard_exponential(40) - 1
+    draws -= draws.mean()
+    first = evaluation(np.full(40, 3.0))
+    last = evaluation(3.0 + change + spread * draws)
+    found = held_out.compare(first, last)
+    says = says if found.low * found.high > 0 else ""
+    summary = {"exported_step": 30, "eval_loss_before": 3.0, "eval_loss_after": found.after,
+               "difference_95": [found.low, found.high]}  # fmt: skip
+    evals = [(0, 3.0, {}), (30, found.after, {})]
+    folder = write_run(tmp_path / "run", losses=FLAT, evals=evals, summary=summary)
+    if saved:
+        first.save(folder / "evaluation-0.npz")
+        last.save(folder / "evaluation-30.npz")
+    shown = tile(folder)
+    assert shown["class"] == says and (f"{found.low:+.4f} to {found.high:+.4f}" in shown["note"])
+    assert ("chance" in shown["note"]) == (says == "")
+    verdicts = {finding.rule: finding.evidence for finding in doctor.diagnose(folder)}
+    assert ("loss_not_falling" in verdicts) == (says != "good"), verdicts
+    assert ("validation_rising" in verdicts) == (says == "bad"), verdicts
+    if says != "good":
+        assert str(found) in verdicts["loss_not_falling"]
+
+
+def test_a_rise_that_chance_explains_is_no_rise(tmp_path):
+    """The last loss is 10 % above the lowest, of two conversations that pull apart; and so of one source."""
+    summary = {"exported_step": 10}
+    sources = {"eval_loss/a": 2.0, "eval_loss/b": 2.0}, {"eval_loss/a": 2.4, "eval_loss/b": 1.0}
+    evals = [(0, 3, sources[0]), (10, 2.0, sources[0]), (30, 2.2, sources[1])]
+    folder = write_run(tmp_path / "run", losses=FALLING, evals=evals, summary=summary)
+    assert {"validation_rising"} == {finding.rule for finding in doctor.diagnose(folder)}
+    noise = np.tile([-1.0, 1.0], 10)
+    source = np.repeat([0, 1], 10)
+    evaluation(np.full(20, 2.0), source).save(folder / "evaluation-10.npz")
+    evaluation(2.2 + noise, source).save(folder / "evaluation-30.npz")
+    assert doctor.diagnose(folder) == []
+    evaluation(2.2 + 0.1 * noise, source).save(folder / "evaluation-30.npz")
+    assert [finding.rule for finding in doctor.diagnose(folder)] == ["validation_rising"]
+    (folder / "evaluation-30.npz").write_bytes(b"torn")
+    assert [finding.rule for finding in doctor.diagnose(folder)] == ["validation_rising"]
+
+
+def test_plain_text_is_forgotten_where_the_summary_says_so(tmp_path):
+    plain = [(0, 3, {"plain_text_loss": 2.0}), (30, 2, {"plain_text_loss": 2.5})]
+    folder = write_run(tmp_path / "run", losses=FALLING, evals=plain, summary={"exported_step": 30})
+    assert "forgetting" in {finding.rule for finding in doctor.diagnose(folder)}
+    evaluation(np.full(20, 2.0)).save(folder / "plain-text-0.npz")
+    evaluation(2.5 + np.tile([-3.0, 3.0], 10)).save(folder / "plain-text-30.npz")
+    assert doctor.diagnose(folder) == []
+
+
+def test_one_low_first_step_is_no_rise_of_the_training_loss(tmp_path):
+    noisy = [2.0, *(3 + (1.0 if step % 2 else -1.0) for step in range(99))]
+    folder = write_run(tmp_path / "run", losses=noisy)
+    assert "learning_rate_too_high" not in {finding.rule for finding in doctor.diagnose(folder)}

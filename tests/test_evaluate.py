@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from sftjax.evaluate import Evaluation, Patience, bootstrap_difference
+from sftjax.evaluate import Patience
+from sftjax.held_out import Evaluation, bootstrap_difference
 
 
 def evaluation(nll, weight, source=None, names=("a", "b")):

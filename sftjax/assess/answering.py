@@ -12,9 +12,9 @@ from sftjax import divergence, loading
 from sftjax.assess.items import Item
 from sftjax.data.encode import RowEncoder
 from sftjax.data.types import RowError, Sample
-from sftjax.evaluate import Evaluation
 from sftjax.generate.answer import Output
 from sftjax.generate.sample import Generator
+from sftjax.held_out import Evaluation
 from sftjax.score import score_samples
 
 

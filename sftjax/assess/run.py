@@ -22,7 +22,7 @@ from sftjax.assess import facts, judge, leaderboards, recorded
 from sftjax.assess.answering import Answers, Model
 from sftjax.assess.items import Item, read
 from sftjax.errors import ConfigError
-from sftjax.evaluate import Evaluation, bootstrap_difference
+from sftjax.held_out import Evaluation, bootstrap_difference
 from sftjax.inference import written_whole
 from sftjax.scorers import Scorer, make_scorers
 from sftjax.scorers.statistics import bootstrap_mean, describe

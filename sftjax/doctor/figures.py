@@ -8,9 +8,11 @@ import math
 import os
 import re
 import statistics
+import zipfile
 from typing import Any, NamedTuple
 
-from sftjax import paths, report
+from sftjax import held_out, paths, report
+from sftjax.held_out import Difference
 
 # Learning rates that are usual for a method, and one to begin with.
 USUAL = {"full": (1e-6, 5e-5, 2e-5), "lora": (2e-5, 3e-4, 2e-4), "bottleneck": (5e-5, 1e-3, 2e-4)}
@@ -21,19 +23,24 @@ CJK = r"[぀-ヿ㐀-鿿가-힯]"
 
 
 class Course(NamedTuple):
-    """A row of figures as a whole: where it begins and ends, and what its noise would do to the difference."""
+    """A row of figures as a whole: where it begins and ends, and whether it fell between, as far as can be told."""
 
     first: float
     last: float
-    noise: float  # two standard errors of last - first
+    fell: bool
+    tested: Difference | None = None  # what the verdict rests on, where it is more than the two figures
+    spread: float = 0.0  # standard deviation of a single figure
 
-    @property
-    def fell(self) -> bool:
-        return self.last < self.first - max(self.noise, 0.01 * abs(self.first))
+    @classmethod
+    def judge(cls, first: float, last: float, noise: float = 0.0, tested: Difference | None = None) -> Course:
+        """With the interval where there is one, as the report does; else by the noise of last - first (two standard
+        errors) and at least a hundredth of it."""
+        fell = tested.fell if tested else last < first - max(noise, 0.01 * abs(first))
+        return cls(first, last, fell, tested)
 
-    @property
-    def rose(self) -> bool:
-        return self.last > self.first + max(self.noise, 0.1 * abs(self.first))
+    def rose_from(self, first: float) -> bool:
+        """Whether it ends a tenth above a single figure, and more than two deviations of such a figure."""
+        return self.last > first + max(0.1 * abs(first), 2 * self.spread)
 
 
 class Figures:
@@ -93,19 +100,46 @@ class Figures:
         if len(losses) < MIN_STEPS:
             return None
         first, last = losses[: max(3, len(losses) // 10)], losses[-max(3, len(losses) // 5) :]
-        spread = statistics.median(abs(a - b) for a, b in itertools.pairwise(losses))  # between neighbours
-        error = spread / 0.95 * math.sqrt(1 / len(first) + 1 / len(last))  # median of |a - b|: 0.95 deviations
-        return Course(statistics.fmean(first), statistics.fmean(last), 2 * error)
+        between = statistics.median(abs(a - b) for a, b in itertools.pairwise(losses))  # neighbours
+        spread = between / 0.95  # the median of |a - b| is 0.95 deviations
+        error = spread * math.sqrt(1 / len(first) + 1 / len(last))
+        course = Course.judge(statistics.fmean(first), statistics.fmean(last), 2 * error)
+        return course._replace(spread=spread)
 
     @property
     def held_out(self) -> Course | None:
-        """Of the held-out loss: before training, and the lowest after."""
-        losses = [line["eval_loss"] for line in self.evals]
-        if len(losses) < 2:
+        """Of the held-out loss, from before training to what is exported, as the report has it; to the lowest after,
+        where only that fell or nothing is exported."""
+        reported, best = self.reported, None
+        if len(self.evals) > 1:
+            first, line = self.evals[0], min(self.evals[1:], key=lambda line: line["eval_loss"])
+            tested = self.difference("evaluation", first["step"], line["step"])
+            best = Course.judge(first["eval_loss"], line["eval_loss"], tested=tested)
+        if reported and (reported.fell or not best or not best.fell):
+            return Course.judge(reported.before, reported.after, tested=reported)
+        return best
+
+    @property
+    def reported(self) -> Difference | None:
+        """Held-out loss before training and of what is exported, as the report shows it."""
+        return report.difference(self.summary)
+
+    def difference(self, kind: str, first: int, last: int, source: str | None = None) -> Difference | None:
+        """Of the held-out loss (of one source) between two steps; None where a step's sums aren't kept.
+
+        Args:
+          kind: "evaluation" or "plain-text", as the files of the run are called.
+        """
+        if (kind, source, first, last) == ("evaluation", None, 0, self.summary.get("exported_step")) and self.reported:
+            return self.reported
+        paths = [os.path.join(self.run.folder, f"{kind}-{step}.npz") for step in (first, last)]
+        try:
+            found = [held_out.load(path) for path in paths]
+            if None in found:
+                return None
+            return held_out.compare(*(one.of_source(source) if source else one for one in found))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # torn, or the examples changed in between
             return None
-        interval = self.summary.get("difference_95")
-        known = isinstance(interval, list) and len(interval) == 2
-        return Course(losses[0], min(losses[1:]), abs(interval[1] - interval[0]) / 2 if known else 0.0)
 
     @property
     def falling(self) -> bool | None:
@@ -118,14 +152,20 @@ class Figures:
         return self.train[-1].get("epoch") or 0.0 if self.train else 0.0
 
     def sources(self) -> dict[str, Course]:
-        """Of the held-out loss of each source, where there are several, and of plain text: before, and at the end."""
-        names = sorted({name for line in self.evals for name in line if name.startswith("eval_loss/")})
+        """Of the held-out loss of each source, where there are several, and of plain text: from before training to what
+        is exported (the end, where that isn't known)."""
+        names = sorted({name for line in self.run.evals for name in line if name.startswith("eval_loss/")})
         names.append("plain_text_loss")  # see eval.forgetting
         found = {}
         for name in names:
-            losses = [line[name] for line in self.evals if _is_number(line.get(name))]
-            if len(losses) > 1:
-                found[name.removeprefix("eval_loss/")] = Course(losses[0], losses[-1], 0.0)
+            lines = [line for line in self.run.evals if _is_number(line.get(name))]
+            if len(lines) < 2:
+                continue
+            first, source = lines[0], name.removeprefix("eval_loss/")
+            last = next((line for line in lines[1:] if line["step"] == self.summary.get("exported_step")), lines[-1])
+            kind = ("plain-text", None) if name == "plain_text_loss" else ("evaluation", source)
+            tested = self.difference(kind[0], first["step"], last["step"], kind[1])
+            found[source] = Course.judge(first[name], last[name], tested=tested)
         return found
 
     # --- speed -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ def learning_rate_too_high(run: Figures) -> Verdict:
     skipped = _skipped(run)
     if skipped and rate > 1.001 * high:
         seen = f"{skipped} steps had a loss or gradient that is not finite"
-    elif run.training and run.training.last > 1.1 * run.train[0]["loss"] and not (run.held_out and run.held_out.fell):
+    elif run.training and run.training.rose_from(run.train[0]["loss"]) and not (run.held_out and run.held_out.fell):
         seen = f"the training loss rose from {run.train[0]['loss']:.3g} to {run.training.last:.3g}"
     else:
         return None
@@ -125,11 +125,18 @@ def length_too_short(run: Figures) -> Verdict:
 
 def _rising(run: Figures) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """(the evaluation with the lowest held-out loss, the last one) where the last is clearly higher and the training
-    loss isn't."""
-    if len(run.evals) < 2 or (run.training and run.training.last > run.train[0]["loss"]):
+    loss isn't; or (before training, what is exported) where the report says that it rose."""
+    if len(run.evals) < 2:
         return None
     best, last = min(run.evals, key=lambda line: line["eval_loss"]), run.evals[-1]
-    return (best, last) if last["eval_loss"] > 1.02 * best["eval_loss"] + 0.01 else None
+    tested = run.difference("evaluation", best["step"], last["step"])
+    higher = last["eval_loss"] > 1.02 * best["eval_loss"] + 0.01 and (tested is None or tested.rose)
+    if higher and not (run.training and run.training.last > run.train[0]["loss"]):
+        return best, last
+    if run.reported and run.reported.rose and not learning_rate_too_high(run):
+        exported = [line for line in run.evals if line["step"] == run.summary.get("exported_step")]
+        return run.evals[0], (exported or [last])[0]
+    return None
 
 
 def _said_rising(run: Figures, best: dict[str, Any], last: dict[str, Any]) -> str:
@@ -168,7 +175,11 @@ def validation_rising(run: Figures) -> Verdict:
 def forgetting(run: Figures) -> Verdict:
     """The held-out loss of one source rises while that of another falls: what the model could before is lost."""
     sources = run.sources()
-    lost = {name: course for name, course in sources.items() if course.last > 1.02 * course.first + 0.02}
+    lost = {
+        name: course
+        for name, course in sources.items()
+        if course.last > 1.02 * course.first + 0.02 and (course.tested is None or course.tested.rose)
+    }
     if not lost or not (run.falling or any(course.fell for course in sources.values())):
         return None
     name, course = max(lost.items(), key=lambda item: item[1].last - item[1].first)
@@ -221,5 +232,6 @@ def _not_falling(run: Figures) -> str:
     if run.training:
         parts.append(f"training loss {run.training.first:.3f} at first, {run.training.last:.3f} at the end")
     if run.held_out:
-        parts.append(f"held-out loss {run.held_out.first:.3f} before, {run.held_out.last:.3f} at best after")
+        tested = f" ({run.held_out.tested})" if run.held_out.tested else ""
+        parts.append(f"held-out loss {run.held_out.first:.3f} before, {run.held_out.last:.3f} after{tested}")
     return "; ".join(parts)
