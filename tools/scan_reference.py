@@ -4,17 +4,17 @@ It is `sftjax/weights/reference.json`; the differences are for a person to read 
 is new in transformers is refused from then on, unless its family reads it or `sftjax/weights/fields.py` lists it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sftjax.arguments import Parser
 from sftjax.errors import exit_with_message
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    Parser(description=__doc__).parse_args()
     from sftjax.weights import families, reference_scan
 
     reference_scan.write(families.FAMILIES)

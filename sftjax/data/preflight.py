@@ -384,7 +384,7 @@ def _problems(report: Preflight, survey: Survey) -> list[str]:
     if report.trained_tokens == report.lost_trained_tokens:
         problems.append(
             f"nothing would be trained: {report.rows_dropped} of {report.rows_read} rows gave no sample: "
-            f"{explain_drops(survey.ledger)}; set data.format, data.fields or data.max_length to suit the rows"
+            f"{explain_drops(survey.ledger)}; set data.format, data.max_length or the source's 'fields' to suit them"
         )
     elif report.rows_dropped > survey.max_dropped * report.rows_read:
         problems.append(

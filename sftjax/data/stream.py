@@ -56,7 +56,7 @@ class SampleStream(grain.IterDataset):
         """
         super().__init__()
         if overlong not in packing.OVERLONG:
-            raise ConfigError(f"data.overlong={overlong!r} is unknown: choose one of {', '.join(packing.OVERLONG)}")
+            raise ConfigError(f"data.over_length={overlong!r} is unknown: choose one of {', '.join(packing.OVERLONG)}")
         if reduction not in REDUCTIONS:
             raise ConfigError(f"train.loss_reduction={reduction!r} is unknown: choose one of {', '.join(REDUCTIONS)}")
         if workers < 0:
@@ -162,8 +162,8 @@ class SampleIterator(grain.DatasetIterator):
             raise DataError(f"a whole epoch gave no training sample: {explain_drops(self.ledger)}")
         if empty > self._stream.max_dropped * max(read, _GRACE_ROWS):
             raise DataError(
-                f"{empty} of {read} rows gave no sample, more than data.max_dropped={self._stream.max_dropped:g} "
-                f"allows: "
+                f"{empty} of {read} rows gave no sample, more than "
+                f"data.max_dropped_fraction={self._stream.max_dropped:g} allows: "
                 f"{explain_drops(self.ledger)}; mend the rows, or raise the limit"
             )
 
@@ -249,7 +249,7 @@ def account(ledger: Ledger, row: EncodedRow, length: int, overlong: str, locatio
         if fit.reason == "too_long" and overlong == "error":
             raise DataError(
                 f"{location(source, row.row)}: a sample of {len(sample.tokens)} tokens is longer than max_length="
-                f"{length}: raise max_length, or set data.overlong to drop, truncate or split"
+                f"{length}: raise max_length, or set data.over_length to drop, truncate or split"
             )
         if fit.reason is not None:
             ledger.drop(source, row.row, fit.reason)

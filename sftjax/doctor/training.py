@@ -71,7 +71,7 @@ def mask_leaves_little(run: Figures) -> Verdict:
     share, train_on = run.preflight.get("trained_share"), run.setting("data.train_on")
     if share is None or share >= 0.05 or (train_on == "all" and run.falling is not False):
         return None
-    remedy = "data.train_on='all'" if train_on != "all" else "data.format=NAME (and data.fields) of these rows"
+    remedy = "data.train_on='all'" if train_on != "all" else "data.format=NAME (or the source's 'fields') of them"
     return (
         f"{share:.1%} of the tokens are trained, {run.preflight['trained_tokens'] / run.preflight['samples']:.1f} a "
         f"sample (data.train_on={train_on!r})",

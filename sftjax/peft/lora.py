@@ -144,7 +144,7 @@ def _copied(params: tree.Tree, spec: AdapterSpec, quant: tree.Tree | None) -> li
         targets = find_targets(params, spec, quant)
         partial = [path for path, target in targets.items() if 0 in target.ranks and f"{path}/bias" in biases]
         if partial:
-            raise ConfigError(f"adapter.bias='lora_only' needs all layers targeted or none; {partial[0]} is in part")
+            raise ConfigError(f"peft.bias='lora_only' needs all layers targeted or none; {partial[0]} is in part")
         wanted.update(f"{path}/bias" for path in targets)
     return [path for path in tree.flatten(params) if path in wanted]
 
@@ -203,7 +203,7 @@ def _dora_factor(adapter: Mapping[str, Array], weight: Array) -> Array:
 def _init_module(key: Array, path: str, target: Target, spec: AdapterSpec, weight) -> dict[str, Array]:
     *leading, outputs, inputs = target.shape
     if spec.use_dora and len(leading) > 1:
-        raise ConfigError(f"DoRA on experts ({path}) isn't supported; exclude them in adapter.exclude_modules")
+        raise ConfigError(f"DoRA on experts ({path}) isn't supported; exclude them in peft.exclude_modules")
     rank = max(target.ranks)
     used = np.arange(rank) < np.asarray(target.ranks)[:, None]  # [repeat, R]
     used_A = jnp.asarray(used.reshape(len(used), *(1,) * (len(leading) - 1), rank, 1))

@@ -208,8 +208,8 @@ def find_targets(params: tree.Tree, spec: AdapterSpec, quant: tree.Tree | None =
             continue
         if not _LINEAR.fullmatch(path):
             raise ConfigError(
-                f"adapter.target_modules picks {names[path][0]!r}, which is no projection; "
-                f"train it in full with adapter.modules_to_save instead"
+                f"peft.target_modules picks {names[path][0]!r}, which is no projection; "
+                f"train it in full with peft.modules_to_save instead"
             )
         targets[path] = Target(
             names=names[path],
@@ -220,7 +220,7 @@ def find_targets(params: tree.Tree, spec: AdapterSpec, quant: tree.Tree | None =
     if not targets:
         endings = sorted({path.rpartition("/")[2] for path in shapes if _LINEAR.fullmatch(path)})
         raise ConfigError(
-            f"adapter.target_modules={spec.target_modules!r} matches no module; this model has {', '.join(endings)}"
+            f"peft.target_modules={spec.target_modules!r} matches no module; this model has {', '.join(endings)}"
         )
     return targets
 
@@ -237,10 +237,10 @@ def saved_modules(params: tree.Tree, spec: AdapterSpec) -> tuple[str, ...]:
         hits = [path for path, full in names.items() if any(_ends(name, wanted) for name in full)]
         if not hits:
             remedy = "; it is tied to embed_tokens: name that" if wanted == "lm_head" else ""
-            raise ConfigError(f"adapter.modules_to_save: no module {wanted!r} with a weight in this model{remedy}")
+            raise ConfigError(f"peft.modules_to_save: no module {wanted!r} with a weight in this model{remedy}")
         if not all(_ends(name, wanted) for path in hits for name in names[path]):
             raise ConfigError(
-                f"adapter.modules_to_save: {wanted!r} names single layers; a module is saved in all layers"
+                f"peft.modules_to_save: {wanted!r} names single layers; a module is saved in all layers"
             )
         found.update(dict.fromkeys(hits))
     return tuple(found)
