@@ -76,7 +76,12 @@ def _write_gguf(target: str, files: hf.ModelFiles, config: ModelConfig, params: 
         raise ConfigError(f"{target}: matrices in GGUF can be float16, bfloat16 or q8_0, not {dtype}")
     written = _tokenizer_files(files) if tokenizer is None else tokenizer.files()
     model_type = families.family_of(files.raw_config)
-    gguf_write.write_gguf(target, config, params, kind=kinds[dtype], model_type=model_type, tokenizer=written)
+    stop_ids = _stop_ids(files) if tokenizer is None else tokenizer.stop_ids
+    notes = gguf_write.write_gguf(
+        target, config, params, kind=kinds[dtype], model_type=model_type, tokenizer=written, stop_ids=stop_ids
+    )
+    for note in notes:
+        print(note)
     return [os.path.basename(target)]
 
 
@@ -86,6 +91,12 @@ def _merged(params: Any, adapter: str, files: hf.ModelFiles) -> tuple[ModelConfi
     tokenizer = loading.open_model(files.path, adapter=adapter).tokenizer if own else None
     config, params, leaves = loading.with_adapter(files.config, params, adapter)
     return config, merge.merge(params, leaves, dtype=jnp.float32), tokenizer
+
+
+def _stop_ids(files: hf.ModelFiles) -> list[int]:
+    """Tokens that a model's own generation settings stop on."""
+    found = files.generation.get("eos_token_id")
+    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 # ------------------------------------------------------------------------------------------------------------- runs

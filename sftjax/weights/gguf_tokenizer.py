@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gguf
@@ -32,12 +32,19 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_SEED = _QWEN2.replace(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}\r\n]+")
 _SPLITS = {
     "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "dbrx": _LLAMA3, "smaug-bpe": _LLAMA3,
-    "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "gpt-4o": _GPT4O, "tekken": _TEKKEN,
+    "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "gpt-4o": _GPT4O, "tekken": _TEKKEN, "seed-coder": _SEED,
 }  # fmt: skip
-_PLAIN = ("default", "gpt-2", "gpt2", "olmo", "phi-2", "mpt", "granite-docling")  # GPT-2's own rule
+_PLAIN = ("gpt-2", "gpt2", "olmo", "phi-2", "mpt", "granite-docling")  # GPT-2's own rule
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "exaone")  # each digit apart, then GPT-2's rule
+# what llama.cpp does under "default", and where a file doesn't say: these one after another
+_DEFAULT = (
+    r"[\p{P}\$\+<=>\^~\|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)", r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)  # fmt: skip
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # take a word that is a token, whatever the merges say
 
 
 def tokenizer_data(path: str | os.PathLike) -> dict[str, Any]:
@@ -136,19 +143,20 @@ def _with_ends(ends: dict[str, tuple[str, int]]) -> processors.TemplateProcessin
 def _byte_level(data: dict[str, Any], where: str) -> Tokenizer:
     vocab = {token: i for i, token in enumerate(data["tokens"])}
     # Llama 3 has whole words that no sequence of merges reaches
-    tokenizer = Tokenizer(models.BPE(vocab, data["merges"], ignore_merges=data["pre"] in ("llama-bpe", "llama3")))
+    tokenizer = Tokenizer(models.BPE(vocab, data["merges"], ignore_merges=data["pre"] in _WHOLE_WORDS))
     pre = data["pre"]
     if pre in _PLAIN:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     elif pre in _DIGITS:
         steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    elif pre in _SPLITS:
-        steps = [pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated")]
+    elif pre in _SPLITS or pre == "default":
+        patterns = _DEFAULT if pre == "default" else [_SPLITS[pre]]
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     else:
-        known = ", ".join(sorted({*_PLAIN, *_DIGITS, *_SPLITS}))
+        known = ", ".join(sorted({"default", *_PLAIN, *_DIGITS, *_SPLITS}))
         raise ConfigError(f"{where}: the pre-tokenizer {pre!r} isn't known ({known}); use the Hugging Face folder")
     if "qwen" in pre:
         tokenizer.normalizer = normalizers.NFC()
@@ -192,12 +200,13 @@ def _merges(vocab: dict[str, int], rank: list[float]) -> list[tuple[str, str]]:
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-def write_fields(writer: gguf.GGUFWriter, files: Mapping[str, bytes], size: int) -> None:
+def write_fields(writer: gguf.GGUFWriter, files: Mapping[str, bytes], size: int, stop_ids: Sequence[int] = ()) -> None:
     """Puts the tokenizer of an HF folder into a GGUF file; the inverse of `tokenizer_data` and `build_tokenizer`.
 
     Args:
       files: by name.
       size: rows of the embedding; ids without a token are filled up with unused ones.
+      stop_ids: tokens that end an answer.
 
     Raises:
       ConfigError: a tokenizer that isn't BPE, or splits text in a way without a name in llama.cpp.
@@ -230,12 +239,26 @@ def write_fields(writer: gguf.GGUFWriter, files: Mapping[str, bytes], size: int)
         token = token["content"] if isinstance(token, dict) else token
         if token in ids:
             add(ids[token])
-    template = (spec.get("post_processor") or {}).get("special_tokens", {})
-    bos = settings.get("bos_token")
-    writer.add_add_bos_token(bool(settings.get("add_bos_token", bos in template)))
-    text = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else settings.get("chat_template")
-    if text:
-        writer.add_chat_template(text)
+    eos = settings.get("eos_token")
+    ends = [i for i in stop_ids if i != ids.get(eos["content"] if isinstance(eos, dict) else eos)]
+    if ends:
+        writer.add_eot_token_id(ends[0])
+    before, after = _additions(Tokenizer.from_str(files["tokenizer.json"].decode()))
+    writer.add_add_bos_token(bool(before))
+    writer.add_add_eos_token(bool(after))
+    if "chat_template.jinja" in files:
+        writer.add_chat_template(files["chat_template.jinja"].decode())
+    elif settings.get("chat_template"):
+        writer.add_chat_template(settings["chat_template"])  # one, or a list of named ones
+
+
+def _additions(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that it puts in front of and behind a text by itself."""
+    plain, full = (tokenizer.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+    for cut in range(len(full) - len(plain) + 1):
+        if full[cut : cut + len(plain)] == plain:
+            return full[:cut], full[cut + len(plain) :]
+    return [], []
 
 
 def _type_of(token: str, added: dict[str, Any], spec: dict[str, Any]) -> int:
@@ -255,20 +278,27 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
+_PROBE = (
+    "Hello World, it's 12345 o'clock; DON'T we'Re THEY'LL\n\n x = foo_bar(1.5, 'a')\t# \u00e9t\u00e9 2024-01-31\r\n   "
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002\ud55c\uad6d\uc5b4 \u0440\u0443\u0441 f\u00e9\u3000$3,000.00 50% <a href='x'>"
+    "http://e.g/?q=1&r=2</a> iPhone4S XMLHttp \u00bd \u2163 \u0664\u0662 \U0001f600\U0001f3fd -- .. !!\n\t\n//\n end \n"
+)
+
+
 def _name_of_rule(spec: dict[str, Any]) -> str:
-    """llama.cpp's name for how this tokenizer.json splits text."""
+    """llama.cpp's name for how this tokenizer.json splits text: the rule that splits a text of many kinds alike.
+
+    Normalisation is left aside, since llama.cpp has none for byte-level vocabularies.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     data = dict(model="gpt2", tokens=alphabet, types=[1] * 256, merges=[], unk=None, bos=None, eos=None)
     data |= dict(add_bos=False, add_eos=False)
-    for name in (*_PLAIN, *_DIGITS, *_SPLITS):
-        ours = json.loads(build_tokenizer({**data, "pre": name}, name).to_str())
-        if all(_essence(ours[part]) == _essence(spec.get(part)) for part in ("pre_tokenizer", "normalizer")):
+    bare = {**spec, "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}, "post_processor": None}
+    splitter = Tokenizer.from_str(json.dumps(bare)).pre_tokenizer
+    pieces = [] if splitter is None else splitter.pre_tokenize_str(_PROBE)
+    whole_words = bool(spec["model"].get("ignore_merges"))
+    for name in (*_PLAIN, *_DIGITS, *_SPLITS, "default"):
+        theirs = build_tokenizer({**data, "pre": name}, name).pre_tokenizer
+        if theirs.pre_tokenize_str(_PROBE) == pieces and (name in _WHOLE_WORDS) == whole_words:
             return name
     raise ConfigError("tokenizer.json: llama.cpp has no name (that is known here) for how it splits text")
-
-
-def _essence(part: Any) -> Any:
-    """Without settings that don't change how text is split."""
-    if isinstance(part, dict):
-        return {key: _essence(value) for key, value in part.items() if key not in ("trim_offsets", "invert")}
-    return [_essence(entry) for entry in part] if isinstance(part, list) else part

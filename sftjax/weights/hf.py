@@ -167,7 +167,7 @@ def open_source(
     config = files.config
     if files.is_gguf:
         source: load.Source = gguf.GgufSource(files.path, config)
-        table = rules.tensors(config, files.family.layout)
+        table = rules.tensors(config, "stacked" if config.experts is not None else files.family.layout)
     else:
         source = _FolderSource(Folder(files.path))
         layout = files.family.layout

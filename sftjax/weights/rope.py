@@ -100,7 +100,7 @@ def write(rope: Rope, config: ModelConfig, *, with_partial: bool = False) -> dic
     """The dict that transformers 5 writes under `rope_parameters`."""
     out: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": "default"}
     if with_partial or rope.dim != config.head_dim:
-        out["partial_rotary_factor"] = _fraction(rope.dim, config.head_dim)
+        out["partial_rotary_factor"] = fraction(rope.dim, config.head_dim)
     scaling = rope.scaling
     if scaling is None:
         return out
@@ -154,7 +154,7 @@ def carry(raw: Mapping[str, Any] | None, written: dict[str, Any]) -> dict[str, A
     return written | inert
 
 
-def _fraction(part: int, whole: int) -> float:
+def fraction(part: int, whole: int) -> float:
     """A float f with int(whole * f) == part."""
-    fraction = part / whole
-    return fraction if int(whole * fraction) == part else math.nextafter(fraction, 2.0)
+    found = part / whole
+    return found if int(whole * found) == part else math.nextafter(found, 2.0)

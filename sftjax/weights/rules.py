@@ -49,7 +49,8 @@ def tensors(config: ModelConfig, layout: str = "plain") -> list[Tensor]:
     Args:
       layout: "plain"; "phi3" (q, k, v and gate, up fused); "mixtral" (expert names w1, w3, w2); "gpt_oss" (experts
         fused, interleaved and transposed); "fused_experts" (as transformers 5 holds Mixtral and Qwen in memory:
-        experts stacked, gate above up); "mxfp4" (GPT-OSS as released, after dequantisation).
+        experts stacked, gate above up); "stacked" (as in GGUF: `[E, out, in]` each); "mxfp4" (GPT-OSS as released,
+        after dequantisation).
     """
     return list(_tensors(config, layout))
 
@@ -150,6 +151,8 @@ def _experts(hidden: int, experts: Experts, layout: str) -> Iterator[Tensor]:
     yield from _linear(f"{block}.{router}", "mlp/router", count, hidden, experts.router_bias)
     if oss:
         yield from _oss_experts(hidden, experts, transposed=layout == "gpt_oss")
+    elif layout == "stacked":
+        yield from _stacked_experts(hidden, experts)
     elif layout == "fused_experts":
         yield from _fused_experts(hidden, experts)
     else:
@@ -166,6 +169,17 @@ def _experts(hidden: int, experts: Experts, layout: str) -> Iterator[Tensor]:
             "mlp.shared_expert", "mlp/shared_expert", hidden, experts.shared_intermediate_size, False, "plain"
         )
         yield _whole("mlp.shared_expert_gate.weight", "mlp/shared_expert_gate/weight", (), (1, hidden))
+
+
+def _stacked_experts(hidden: int, experts: Experts) -> Iterator[Tensor]:
+    """As GGUF has them: `[E, out, in]` each, biases `[E, out]`."""
+    ffn, count = experts.intermediate_size, experts.count
+    for role, shape in (("gate_proj", (ffn, hidden)), ("up_proj", (ffn, hidden)), ("down_proj", (hidden, ffn))):
+        for kind, size in (("weight", shape), ("bias", shape[:1])):
+            if kind == "weight" or experts.bias:
+                path = f"mlp/experts/{role}/{kind}"
+                parts = tuple(Part(path, (expert,), size, (expert,)) for expert in range(count))
+                yield Tensor(f"mlp.experts.{role}.{kind}", (count, *size), parts)
 
 
 def _fused_experts(hidden: int, experts: Experts) -> Iterator[Tensor]:

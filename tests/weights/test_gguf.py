@@ -1,5 +1,5 @@
+import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import tiny
 
 from sftjax import tree
 from sftjax.errors import ConfigError, StorageError
-from sftjax.weights import families, gguf, gguf_file, gguf_write, hf, rules
+from sftjax.weights import families, gguf, gguf_config, gguf_file, gguf_tokenizer, gguf_write, hf, rules
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 
@@ -43,7 +43,7 @@ def write(path, architecture, raw, tensors, *, kinds=("F32",), extra=()):
             name, value, reference.GGUFValueType.get_type(value)
         )
     config = families.read_config(raw)
-    names = {ours: theirs for theirs, ours in gguf.hf_names(config, fused=architecture == "phi3").items()}
+    names = {ours: theirs for theirs, ours in gguf_config.hf_names(config, architecture).items()}
     back = {}
     for number, (name, array) in enumerate(tensors.items()):
         array = array.astype(np.float32)
@@ -128,19 +128,25 @@ def test_every_quantisation(tmp_path, kind):
 
 
 def test_unpermuted_rows_drawn():
-    assert gguf.unpermuted_rows(2, 8).tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+    assert gguf_config.unpermuted_rows(2, 8).tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
 
 
-def test_llama_3_scaling_is_found_back(tmp_path):
-    raw = tiny.config_dict("llama", head_dim=64, attention_bias=False)
-    wavelengths = 2 * math.pi * 5e5 ** (np.arange(0, 64, 2) / 64)
-    smooth = np.clip((8192 / wavelengths - 1) / 3, 0, 1)
-    factors = (1 / ((1 - smooth) / 32 + smooth)).astype(np.float32)
-    scaling = gguf._llama3_scaling(factors, 5e5, 64, "x")
-    assert scaling["factor"] == 32 and scaling["original_max_position_embeddings"] == 8192
+@pytest.mark.parametrize(
+    ("dim", "settings"),
+    [
+        (64, (32.0, 1.0, 4.0, 8192)),
+        (128, (8.0, 1.0, 4.0, 8192)),
+        (128, (4.0, 1.0, 8.0, 3000)),  # a length that is no power of two, found from the slope of the band
+    ],
+)
+def test_llama_3_scaling_is_found_back(dim, settings):
+    """In a file of another program, which holds the divisors alone."""
+    divisors = gguf_config.llama3_divisors(5e5, dim, *settings)
+    found = gguf_config.llama3_of(divisors, 5e5, dim)
+    assert (found["factor"], found["low_freq_factor"], found["high_freq_factor"]) == settings[:3]
+    assert abs(found["original_max_position_embeddings"] - settings[3]) <= 1
     with pytest.raises(ConfigError, match="rope_freqs"):
-        gguf._llama3_scaling(factors * np.linspace(1, 2, 32), 5e5, 64, "x")
-    assert raw["head_dim"] == 64
+        gguf_config.llama3_of(divisors * np.linspace(1, 2, dim // 2).astype(np.float32), 5e5, dim)
 
 
 def test_damaged_files(tmp_path):
@@ -161,9 +167,6 @@ def test_refuses_what_it_can_t_read(tmp_path):
     write(tmp_path / "m.gguf", "mamba", raw, tensors)
     with pytest.raises(ConfigError, match="mamba"):
         hf.open_model(tmp_path / "m.gguf")
-    write(tmp_path / "n.gguf", "llama", raw, tensors, extra=[("llama.expert_count", 8)])
-    with pytest.raises(ConfigError, match="expert_count"):
-        hf.open_model(tmp_path / "n.gguf")
     del tensors["model.norm.weight"]
     write(tmp_path / "o.gguf", "llama", raw, tensors)
     model = hf.open_model(tmp_path / "o.gguf")
@@ -189,6 +192,23 @@ def _bytes():
     from tokenizers.pre_tokenizers import ByteLevel
 
     return ByteLevel.alphabet()
+
+
+RULES = ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "gpt-4o", "tekken", "seed-coder", "default"]
+
+
+@pytest.mark.parametrize("pre", RULES)
+def test_the_name_of_a_rule_is_found_by_what_it_does(pre):
+    """Written otherwise than ours, it is the same rule; and plain GPT-2 isn't what llama.cpp calls "default"."""
+    spec = json.loads(gguf.build_tokenizer(byte_level_data(pre=pre), "x").to_str())
+    assert gguf_tokenizer._name_of_rule(spec) == pre
+    splitter = spec["pre_tokenizer"]
+    if splitter["type"] == "Sequence" and splitter["pretokenizers"][0]["type"] == "Split":
+        first = splitter["pretokenizers"][0]
+        first["pattern"] = {"Regex": f"(?:{first['pattern']['Regex']})"}
+        assert gguf_tokenizer._name_of_rule(spec) == pre
+    with pytest.raises(ConfigError, match="no name"):
+        gguf_tokenizer._name_of_rule(spec | {"pre_tokenizer": {"type": "Whitespace"}})
 
 
 def spell(tokenizer, text):
@@ -238,29 +258,123 @@ def test_writes_the_files(tmp_path):
     assert gguf.tokenizer_data(tmp_path / "m.gguf")["chat_template"] == "{{ messages }}"
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def out_and_back(folder, raw, kind="F16"):
+    """(the model, its parameters, the notes, the model read back, its parameters)."""
+    raw = raw | dict(bos_token_id=0, eos_token_id=0)
+    model = hf.open_model(tiny.write_model(folder / "in", raw, tiny.random_tensors(raw)))
+    params = hf.load_params(model, model.config, "float32")
+    files = tokenizer_files(byte_level_data(), raw["vocab_size"])
+    options = dict(kind=kind, model_type=families.family_of(raw), tokenizer=files)
+    notes = gguf_write.write_gguf(folder / "m.gguf", model.config, params, **options)
+    again = hf.open_model(folder / "m.gguf")
+    return model, params, notes, again, hf.load_params(again, again.config, "float32")
+
+
+# every family of ours that llama.cpp has, as it has it
+WRITABLE = ARCHITECTURES | {
+    "mistral": ("mistral", dict(sliding_window=512)), "mixtral": ("mixtral", {}),
+    "qwen2moe": ("qwen2_moe", dict(mlp_only_layers=[])),
+    "qwen3moe": ("qwen3_moe", dict(decoder_sparse_step=1)), "olmo2": ("olmo2", {}), "granite": ("granite", {}),
+    "smollm3": ("smollm3", {}), "seed_oss": ("seed_oss", {}), "gpt-oss": ("gpt_oss", {}), "command-r": ("cohere", {}),
+    "cohere2": ("cohere2", {}), "phi3 long": ("phi3_long", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [(name, "F16") for name in WRITABLE]
+    + [(name, kind) for name in ("llama", "gemma3", "qwen3moe") for kind in ("BF16", "Q8_0")],
+)
 def test_what_goes_out_comes_back(tmp_path, architecture, kind):
-    name, options = ARCHITECTURES[architecture]
-    raw = tiny.config_dict(name, **options, intermediate_size=64, bos_token_id=0, eos_token_id=0)
+    name, options = WRITABLE[architecture]
+    sizes = dict(intermediate_size=64) | (dict(moe_intermediate_size=32) if "moe" in name else {})
+    raw = tiny.config_dict(name, **options, **sizes)
     if name == "qwen3":
         raw["head_dim"] = 8
-    model = hf.open_model(tiny.write_model(tmp_path / "in", raw, tiny.random_tensors(raw)))
-    params = hf.load_params(model, model.config, "float32")
-    path = tmp_path / "m.gguf"
-    files = tokenizer_files(byte_level_data(), raw["vocab_size"])
-    options = dict(kind=kind, model_type=raw["model_type"], tokenizer=files)
-    gguf_write.write_gguf(path, model.config, params, **options)
-    again = hf.open_model(path)
-    assert again.config == model.config
-    reference.GGUFReader(path)  # the reference parser agrees that it is one
-    for name, leaf in tree.flatten(hf.load_params(again, again.config, "float32")).items():
+    model, params, notes, again, back = out_and_back(tmp_path, raw, kind)
+    reference.GGUFReader(tmp_path / "m.gguf")  # the reference parser agrees that it is one
+    if name == "phi3":  # llama.cpp has no window for it: the context ends there
+        assert "64 tokens instead of 512" in notes[0]
+        assert again.config == model.config.replace(max_position=64)
+    else:
+        assert (again.config, notes) == (model.config, [])
+    tolerance = {"BF16": 0.0, "F16": 1e-3, "Q8_0": 1e-2}[kind] + (2e-7 if model.config.norm_plus_one else 0)
+    for name, leaf in tree.flatten(back).items():
         scale = np.abs(tree.flatten(params)[name]).max()
-        tolerance = {"BF16": 0.0, "F16": 1e-3, "Q8_0": 1e-2}[kind] + (2e-7 if model.config.norm_plus_one else 0)
-        np.testing.assert_allclose(leaf, tree.flatten(params)[name], rtol=0, atol=tolerance * scale)
-    data = gguf.tokenizer_data(path)
+        np.testing.assert_allclose(leaf, tree.flatten(params)[name], rtol=0, atol=tolerance * scale, err_msg=name)
+    data = gguf.tokenizer_data(tmp_path / "m.gguf")
     assert (data["model"], data["pre"], data["eos"]) == ("gpt2", "smollm", 0)
     assert spell(gguf.build_tokenizer(data, "x"), "ab 12<|end|> a") == ["ab", "Ġ", "1", "2", "<|end|>", "Ġa"]
+
+
+_PAIRS = [1.0, 1.1, 1.2, 1.3]
+ROPES = {
+    "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128),
+    "llama3, other bands": dict(
+        rope_type="llama3", factor=6.0, low_freq_factor=2.0, high_freq_factor=5.0, original_max_position_embeddings=200
+    ),
+    "linear": dict(factor=3.0),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=128),
+    "yarn without a length": dict(rope_type="yarn", factor=4.0),
+    "yarn, all fields": dict(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=128, beta_fast=20.0, beta_slow=2.0,
+        attention_factor=1.25,
+    ),
+    "longrope": dict(
+        original_max_position_embeddings=128, short_factor=_PAIRS, long_factor=[2 * x for x in _PAIRS], factor=4.0
+    ),
+    "longrope, own attention": dict(
+        rope_type="longrope", original_max_position_embeddings=128, short_factor=_PAIRS, long_factor=_PAIRS,
+        attention_factor=1.5, factor=4.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_kind_of_rope_comes_back(tmp_path, kind):
+    raw = tiny.config_dict("llama", rope_parameters=dict(rope_type=kind, rope_theta=1e4) | ROPES[kind])
+    model, _, _, again, _ = out_and_back(tmp_path, raw)
+    ours, theirs = model.config.ropes[0], again.config.ropes[0]
+    if kind == "yarn without a length":
+        ours = dataclasses.replace(ours, scaling=dataclasses.replace(ours.scaling, original_max_position=512))
+    assert theirs == ours
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("llama_dynamic", {}, "no RoPE scaling of the kind 'dynamic'"),
+        ("qwen2", dict(rope_parameters=ROPES["llama3"] | dict(rope_type="llama3", rope_theta=1e4)), "kind 'llama3'"),
+        ("qwen3_moe", dict(decoder_sparse_step=2), "experts"),
+        ("qwen3_moe", dict(norm_topk_prob=False, decoder_sparse_step=1), "normalize_top_k True instead of False"),
+        ("smollm3", dict(no_rope_layers=[1, 1, 0, 1]), "rope"),
+        ("seed_oss", dict(attention_out_bias=True), "o_bias"),
+        ("gpt_oss", dict(swiglu_limit=5.0), "swiglu_limit 7.0 instead of 5.0"),
+        ("olmo2", dict(head_dim=16), "hidden size"),
+        ("gemma", dict(tie_word_embeddings=False), "that of the embedding"),
+        ("llama", dict(hidden_act="gelu"), "activation 'silu' instead of 'gelu'"),
+    ],
+)  # fmt: skip
+def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(tmp_path, name, changes, said):
+    raw = tiny.config_dict(name) | changes
+    if name == "olmo2":
+        raw.pop("head_dim", None)
+        raw |= dict(head_dim=16)
+    with pytest.raises(ConfigError, match=said):
+        out_and_back(tmp_path, raw)
+    assert not [*tmp_path.glob("*.gguf*")] and not [*tmp_path.glob(".*partial")]
+
+
+def test_a_scale_of_attention_without_a_field_goes_into_q(tmp_path):
+    """Gemma 2's is read from the head's size; its q matrices take the difference, and q's norm where there is one."""
+    for name, role in (("gemma2", "q_proj"), ("gemma3", "q_norm")):
+        model, params, _, again, back = out_and_back(tmp_path / name, tiny.config_dict(name, query_pre_attn_scalar=64))
+        assert (model.config.attention_scale, again.config.attention_scale) == (1 / 8, 1 / 4)
+        offset = float(model.config.norm_plus_one and role == "q_norm")
+        for path, leaf in tree.flatten(params).items():
+            factor = 0.5 if f"/{role}/" in path else 1.0
+            expected = (np.asarray(leaf) + offset) * factor - offset
+            np.testing.assert_allclose(tree.flatten(back)[path], expected, atol=3e-3, err_msg=path)
 
 
 def tokenizer_files(data, size):
