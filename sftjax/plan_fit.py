@@ -15,9 +15,8 @@ def warning(config: config_lib.ConfigDict, step: plan.Step) -> str:
     needed, there = step.memory().peak, step.target.memory
     if needed <= there:
         return ""
-    return (
-        f"warning: by rule this needs {plan.gib(needed)} of a device, and there are {plan.gib(there)}; "
-        + advice(config, step.target)
+    return f"warning: by rule this needs {plan.gib(needed)} of a device, and there are {plan.gib(there)}; " + advice(
+        config, step.target
     )
 
 

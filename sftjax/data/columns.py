@@ -19,6 +19,7 @@ ANSWERS = (
     *("output", "response", "answer", "completion", "solution", "outputs", "targets", "target", "assistant", "gpt"),
 )
 EXTRAS = ("input", "context")
+_FURTHER = frozenset(("history", *REASONING))
 _ARGUMENT_TYPES = {
     "str": "string",
     "int": "integer",
@@ -35,6 +36,10 @@ def pair(questions: Sequence[str], answers: Sequence[str], extras: Sequence[str]
     def parser(row) -> Iterator[Conversation]:
         question = first_of(row, questions)
         answer = first_of(row, [name for name in answers if name != question])
+        if _is_plain(row, question, answer, extras):
+            said = (("user", row[question]), ("assistant", row[answer]))
+            yield turns.with_system(row, [{"role": role, "content": text} for role, text in said])
+            return
         asked = _side(row, question, "user")
         for extra in extras:
             more = row.get(extra)
@@ -49,9 +54,22 @@ def pair(questions: Sequence[str], answers: Sequence[str], extras: Sequence[str]
     return parser
 
 
+def _is_plain(row: Mapping, question: str, answer: str, extras: Sequence[str]) -> bool:
+    """Two texts and nothing else that would be read: most rows."""
+    return (
+        type(row.get(question)) is str
+        and type(row.get(answer)) is str
+        and _FURTHER.isdisjoint(row)
+        and not any(row.get(extra) for extra in extras if extra not in (question, answer))
+    )
+
+
 def first_of(row: Mapping, names: Sequence[str]) -> str:
     """The first of some columns that a row has (the first of all where it has none)."""
-    return next((name for name in names if row.get(name) is not None), next((n for n in names if n in row), names[0]))
+    for name in names:
+        if row.get(name) is not None:
+            return name
+    return next((name for name in names if name in row), names[0])
 
 
 def _side(row: Mapping, key: str, role: str) -> list[Mapping]:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,17 +65,19 @@ Example = Conversation | Text | Tokens
 
 def detect(row: Mapping[str, Any]) -> str:
     """The format that a row's keys tell. Raises RowError."""
-    keys = row.keys()
-    if keys >= {"message_id", "parent_id", "role"} and "replies" not in keys:
-        raise RowError("unknown_format", "one message of an OpenAssistant tree a row: use the file with whole trees")
-    for name, fits in _DETECT:
-        if fits(row):
+    for name, fits in _possible(tuple(row)):
+        if fits is None or fits(row):
             return name
-    raise RowError("unknown_format", f"keys {sorted(map(str, keys))[:12]} are of no known format: {_advice(row)}")
+    raise RowError("unknown_format", f"keys {sorted(map(str, row))[:12]} are of no known format: {_advice(row)}")
 
 
-def _has(*needed: str) -> Callable[[Mapping], bool]:
-    return lambda row: row.keys() >= set(needed)
+def _has(*needed: str) -> Callable[[frozenset], bool]:
+    return frozenset(needed).issubset
+
+
+def _paired(keys: frozenset) -> bool:
+    question = next((name for name in columns.QUESTIONS if name in keys), None)
+    return question is not None and any(name in keys for name in columns.ANSWERS if name != question)
 
 
 def _listed(row: Mapping) -> bool:
@@ -82,27 +85,44 @@ def _listed(row: Mapping) -> bool:
     return any(isinstance(row.get(name), (list, tuple, np.ndarray)) and len(row[name]) for name in turns.COLUMNS[2:])
 
 
-def _paired(row: Mapping) -> bool:
-    question = next((name for name in columns.QUESTIONS if name in row), None)
-    return question is not None and any(name in row for name in columns.ANSWERS if name != question)
+def _one_message(row: Mapping) -> bool:
+    raise RowError("unknown_format", "one message of an OpenAssistant tree a row: use the file with whole trees")
 
 
-_DETECT: tuple[tuple[str, Callable[[Mapping], bool]], ...] = (
-    ("messages", _has("messages")),
-    ("sharegpt", _has("conversations")),
-    ("tokens", _has("input_ids")),
-    ("sharegpt", lambda row: _listed(row) and "text" not in row),
-    ("user_assistant", _has("User", "Assistant")),
-    ("tool_query", _has("query", "tools", "answers")),
-    ("preference", lambda row: "chosen" in row and "messages" not in row),
-    ("alpaca", _has("instruction", "output")),
-    ("dolly", _has("instruction", "response")),
-    ("prompt_completion", lambda row: _has("prompt", "completion")(row) and not isinstance(row["prompt"], Mapping)),
-    ("oasst", lambda row: isinstance(row.get("prompt"), Mapping) and "replies" in row["prompt"]),
-    ("question_answer", _paired),
-    ("oasst", _has("replies", "text")),
-    ("text", _has("text")),
+def _is_tree(row: Mapping) -> bool:
+    return isinstance(row["prompt"], Mapping) and "replies" in row["prompt"]
+
+
+# (format, whether keys fit, whether values do)
+_DETECT: tuple[tuple[str, Callable[[frozenset], bool], Callable[[Mapping], bool] | None], ...] = (
+    ("oasst", lambda keys: keys >= {"message_id", "parent_id", "role"} and "replies" not in keys, _one_message),
+    ("messages", _has("messages"), None),
+    ("sharegpt", _has("conversations"), None),
+    ("tokens", _has("input_ids"), None),
+    ("sharegpt", lambda keys: "text" not in keys and not keys.isdisjoint(turns.COLUMNS[2:]), _listed),
+    ("user_assistant", _has("User", "Assistant"), None),
+    ("tool_query", _has("query", "tools", "answers"), None),
+    ("preference", _has("chosen"), None),
+    ("alpaca", _has("instruction", "output"), None),
+    ("dolly", _has("instruction", "response"), None),
+    ("prompt_completion", _has("prompt", "completion"), lambda row: not isinstance(row["prompt"], Mapping)),
+    ("oasst", _has("prompt"), _is_tree),
+    ("question_answer", _paired, None),
+    ("oasst", _has("replies", "text"), None),
+    ("text", _has("text"), None),
 )
+
+
+@lru_cache(maxsize=256)
+def _possible(keys: tuple) -> tuple[tuple[str, Callable[[Mapping], bool] | None], ...]:
+    """Formats that keys allow, in order; up to one that needs no look at the values."""
+    found = []
+    for name, fits, look in _DETECT:
+        if fits(frozenset(keys)):
+            found.append((name, look))
+            if look is None:
+                break
+    return tuple(found)
 
 
 def _advice(row: Mapping) -> str:
@@ -153,7 +173,7 @@ def parse(row: Mapping[str, Any], format: str = "auto", fields: Mapping[str, str
     if format not in PARSERS:
         raise ConfigError(f"data.format={format!r} is not one of auto, {', '.join(PARSERS)}")
     for example in PARSERS[format](row):
-        unread = unread_columns(row, example) if row.keys() - _ALWAYS_READ else ()
+        unread = unread_columns(row, example) if len(row) > 1 or format == "text" else ()
         yield replace(example, notes=(*example.notes, *unread)) if unread else example
 
 
@@ -174,15 +194,18 @@ def unread_columns(row: Mapping, example: Example) -> tuple[str, ...]:
     """Notes on columns with text that isn't in the example, and on those that ask for something."""
     notes, read = [], None
     for key, value in row.items():
-        if key in _ALWAYS_READ or (isinstance(key, str) and key.startswith("_")):
+        if key in _ALWAYS_READ:
             continue
-        if key in _WISHES and value is not None and not isinstance(example, Tokens):
-            notes.append(values.note("unread_column", key))
+        if key in _WISHES:
+            if value is not None and not isinstance(example, Tokens):
+                notes.append(values.note("unread_column", key))
             continue
-        texts = values.texts_in(value)
-        if texts and read is None:
-            read = _texts_of(example)
-        if any(not any(text in one for one in read) for text in texts):
+        if not isinstance(value, (str, list, tuple, dict)) or not value or str(key).startswith("_"):
+            continue
+        read = _texts_of(example) if read is None else read
+        if value in read:
+            continue
+        if any(not any(text in one for one in read) for text in values.texts_in(value)):
             notes.append(values.note("unread_column", key))
     return tuple(notes)
 
@@ -192,10 +215,11 @@ def _texts_of(example: Example) -> list[str]:
         return [example.prompt, example.completion]
     if isinstance(example, Tokens):
         return []
-    found = []
+    found = [text for message in example.messages if isinstance(text := message.get("content"), str)]
     for message in example.messages:
-        found += [message[key] for key in ("content", "reasoning_content") if isinstance(message.get(key), str)]
-        found += [orjson.dumps(call, default=str).decode() for call in message.get("tool_calls", ())]
+        if len(message) > 2:
+            found += [message["reasoning_content"]] if isinstance(message.get("reasoning_content"), str) else []
+            found += [orjson.dumps(call, default=str).decode() for call in message.get("tool_calls", ())]
     return found
 
 

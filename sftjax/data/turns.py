@@ -16,6 +16,7 @@ from sftjax.data.types import RowError
 
 COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "utterances", "data")
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+_SYSTEM = frozenset(SYSTEM_COLUMNS)
 _WHO, _WHAT = ("role", "from", "speaker"), ("content", "value", "text")
 _CALLS = ("function_call", "tool_call", "tool_calls")  # as a speaker: the assistant calls a tool
 _PAIRS = (
@@ -80,7 +81,9 @@ def _pair(turn: Mapping, question: str, answer: str) -> list[dict]:
 
 def with_system(row, messages: list[Mapping]) -> Conversation:
     """The messages of a row with its tools and, where they have none of their own, its system text in front."""
-    system = next((row[key] for key in SYSTEM_COLUMNS if row.get(key)), None)
+    system = None
+    if not _SYSTEM.isdisjoint(row):
+        system = next((row[key] for key in SYSTEM_COLUMNS if row.get(key)), None)
     if system and (not messages or messages[0].get("role") not in ("system", "developer")):
         messages = [{"role": "system", "content": system}, *messages]
     return conversation(messages, tools_of(row), row)

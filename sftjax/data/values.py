@@ -12,7 +12,8 @@ import orjson
 from sftjax.data.types import RowError
 
 _ODD = re.compile(r"[^\w.-]")
-MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+_MEDIA_NAMES = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA = frozenset((*_MEDIA_NAMES, *map(str.capitalize, _MEDIA_NAMES), *map(str.upper, _MEDIA_NAMES)))
 
 
 def kind(value) -> str:
@@ -100,17 +101,15 @@ def list_of_dicts(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 def refuse_media(holder: Mapping[str, Any], where: str) -> None:
     """Refuses a row or a message with a picture, video or sound: the model wouldn't see it, and would be trained."""
-    for key, value in holder.items():
-        if isinstance(key, str) and key.lower() in MEDIA:
-            refused = not _is_empty(value)
-        else:  # a file as Arrow holds it
-            refused = isinstance(value, dict) and value.keys() == {"bytes", "path"} and any(value.values())
-        if refused:
-            raise RowError(
-                "unsupported_content",
-                f"{where} has {key!r}, and only text is read: leave such rows out, or the column where the text stands "
-                "without it",
-            )
+    named = () if MEDIA.isdisjoint(holder) else [key for key in holder if key in MEDIA and not _is_empty(holder[key])]
+    # a file as Arrow holds it
+    files = [k for k, v in holder.items() if type(v) is dict and v.keys() == {"bytes", "path"} and any(v.values())]
+    for key in (*named, *files):
+        raise RowError(
+            "unsupported_content",
+            f"{where} has {key!r}, and only text is read: leave such rows out, or the column where the text stands "
+            "without it",
+        )
 
 
 def _is_empty(value) -> bool:
