@@ -24,7 +24,7 @@ from sftjax.data.types import RowError
 from sftjax.errors import ConfigError, DataError, StorageError
 
 ROWS = 1000  # in a chunk
-VERSION = 1  # of what a chunk's file holds
+VERSION = 2  # of what a chunk's file holds
 
 _NONE = np.zeros(0, np.uint32)
 
@@ -64,7 +64,7 @@ def look(work: Work, chunk: tuple[int, int, int]) -> dict[str, Any]:
     """What there is to say about the rows of a chunk: arrays, and `rows`, a dict for each row."""
     number, start, end = chunk
     given = work.inputs[number]
-    said, keys, hashes, shingles, dialogues = [], [], [], [], []
+    said, keys, kinds, numbers, hashes, shingles, answers, dialogues = ([] for _ in range(8))
     for index in range(start, end):
         try:
             row = given.source[index]
@@ -72,8 +72,11 @@ def look(work: Work, chunk: tuple[int, int, int]) -> dict[str, Any]:
         except RowError as error:
             said.append({"error": error.reason, "detail": error.detail})
             keys.append(bytes(16))
+            kinds.append(0)
+            numbers.append(_NONE)
             hashes.append([])
             shingles.append(_NONE)
+            answers.append(_NONE)
             continue
         try:
             score, taken = rules.score(dialogue, work.table)
@@ -86,16 +89,29 @@ def look(work: Work, chunk: tuple[int, int, int]) -> dict[str, Any]:
             said[-1]["personal"] = personal.count(part for _, part in dialogue.messages)
         keys.append(text.exact_key(dialogue))
         hashes.append(found)
-        shingles.append(dedup.shingles(np.concatenate(found), work.near_words) if work.near_words else _NONE)
+        kinds.append(text.kind_of(dialogue))
+        numbers.append(text.numbers_of(dialogue))
+        said_by = [role == "assistant" for role, _ in dialogue.messages]
+        shingles.append(_shingles(found, work))
+        answers.append(_shingles([one for one, says in zip(found, said_by, strict=True) if says], work))
     _describe(work, dialogues)
     return {
         "rows": said,
         "keys": np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16),
         "hits": [(hit.row, hit.item, hit.starts, hit.long_starts, hit.whole) for hit in work.index.find(hashes)],
+        "kinds": np.array(kinds, np.uint64),
+        "numbers": np.concatenate(numbers),
+        "number_counts": np.array([len(one) for one in numbers], np.int32),
         "shingles": np.concatenate(shingles),
         "shingle_counts": np.array([len(one) for one in shingles], np.int32),
+        "answers": np.concatenate(answers),
+        "answer_counts": np.array([len(one) for one in answers], np.int32),
         "signs": dedup.signatures(shingles) if work.near_words else np.zeros((len(said), 0), np.uint32),
     }
+
+
+def _shingles(hashes: Sequence[np.ndarray], work: Work) -> np.ndarray:
+    return dedup.shingles(np.concatenate(hashes), work.near_words) if work.near_words and hashes else _NONE
 
 
 def _licence(row: Mapping[str, Any], given: Input) -> str:

@@ -16,6 +16,9 @@ from sftjax.curate.dedup import Duplicate
 from sftjax.curate.settings import Settings
 from sftjax.curate.text import Dialogue
 
+_ANSWERS = 0.5  # of the threshold: how similar the answers alone must be
+_ROUNDS = 3
+
 
 class Removal(NamedTuple):
     """Why a row is not kept."""
@@ -34,6 +37,7 @@ class Rows:
       said: what chunks.look said of each.
       keys: of exact duplicates.
       signs, shingles, offsets: as dedup.near_duplicates takes them.
+      lessons: what duplicates have to share beside their words.
       hits: of benchmark items, by running number.
     """
 
@@ -45,10 +49,14 @@ class Rows:
     signs: np.ndarray
     shingles: np.ndarray
     offsets: np.ndarray
+    lessons: dedup.Lessons
     hits: list[Hit]
 
     def __len__(self) -> int:
         return len(self.said)
+
+
+_RAGGED = {"numbers": "number_counts", "shingles": "shingle_counts", "answers": "answer_counts"}
 
 
 def collect(work: chunks.Work, folder: Path) -> Rows:
@@ -67,8 +75,14 @@ def collect(work: chunks.Work, folder: Path) -> Rows:
         indices.append(np.arange(start, end))
     joined = {
         name: np.concatenate([part.pop(name) for part in parts])
-        for name in ("keys", "signs", "shingles", "shingle_counts")
+        for name in ("keys", "kinds", "signs", *_RAGGED, *_RAGGED.values())
     }
+
+    def shingled(name: str) -> dedup.Shingled:
+        counts = np.cumsum(joined[_RAGGED[name]], dtype=np.int64)
+        return dedup.Shingled(joined[name], np.concatenate([[0], counts]))
+
+    texts = shingled("shingles")
     return Rows(
         source=np.concatenate(sources),
         index=np.concatenate(indices),
@@ -76,8 +90,9 @@ def collect(work: chunks.Work, folder: Path) -> Rows:
         said=said,
         keys=[key.tobytes() for key in joined["keys"]],
         signs=joined["signs"],
-        shingles=joined["shingles"],
-        offsets=np.concatenate([[0], np.cumsum(joined["shingle_counts"], dtype=np.int64)]),
+        shingles=texts.flat,
+        offsets=texts.offsets,
+        lessons=dedup.Lessons(joined["kinds"], shingled("numbers"), shingled("answers")),
         hits=hits,
     )
 
@@ -141,9 +156,16 @@ def decide(
     step(
         "near",
         settings.near.mode,
-        lambda order: dedup.near_duplicates(rows.signs, rows.shingles, rows.offsets, order, threshold),
+        lambda order: dedup.near_duplicates(
+            rows.signs,
+            rows.shingles,
+            rows.offsets,
+            order,
+            threshold,
+            alike=lambda row, other: rows.lessons.alike(row, other, _ANSWERS * threshold),
+        ),
     )
-    step("semantic", settings.semantic.mode, lambda order: _semantic(order, settings, dialogue))
+    step("semantic", settings.semantic.mode, lambda order: _semantic(order, rows.lessons, settings, dialogue))
     _by_caps(rows, settings, names, removed, best_first)
     return decision
 
@@ -169,25 +191,50 @@ def _taken(taken: dict[str, float]) -> str:
     return ", ".join(f"{name} -{value:g}" for name, value in sorted(taken.items(), key=lambda one: -one[1]))
 
 
-def _semantic(order: list[int], settings: Settings, dialogue: Callable[[int], Dialogue]) -> list[Duplicate]:
+def _semantic(
+    order: list[int], lessons: dedup.Lessons, settings: Settings, dialogue: Callable[[int], Dialogue]
+) -> list[Duplicate]:
     """Duplicates by an encoder; vectors are made a chunk of texts at a time."""
     if len(order) < 2:
         return []
+    encoder, threshold = settings.semantic.encoder, settings.semantic.threshold
+    rows = sorted(order)
 
     def texts(numbers: Sequence[int]) -> list[str]:
         return ["\n".join(part for _, part in dialogue(number).messages) for number in numbers]
 
-    rows = sorted(order)
-    encoder = settings.semantic.encoder
+    def vectors(numbers: Sequence[int], text_of: Callable[[Sequence[int]], list[str]]) -> np.ndarray:
+        starts = range(0, len(numbers), chunks.ROWS)
+        blocks = [semantic.normalised(encoder.encode(text_of(numbers[at : at + chunks.ROWS]))) for at in starts]
+        return np.concatenate(blocks)
+
     if not encoder:
         encoder = semantic.Tfidf(texts(rows[:: max(1, len(rows) // semantic.SAMPLE)]))
-    blocks = [
-        semantic.normalised(encoder.encode(texts(rows[start : start + chunks.ROWS])))
-        for start in range(0, len(rows), chunks.ROWS)
-    ]
-    place = {row: at for at, row in enumerate(rows)}
-    found = semantic.similar(np.concatenate(blocks), [place[row] for row in order], settings.semantic.threshold)
-    return [Duplicate(rows[one.row], rows[one.of], one.similarity) for one in found]
+    whole, place = vectors(rows, texts), {row: at for at, row in enumerate(rows)}
+
+    def alike(found: Sequence[Duplicate]) -> list[bool]:
+        said = {row: dialogue(row).answers for one in found for row in (one.row, one.of)}
+        mine, others = (
+            vectors(numbers, lambda numbers: [said[number] for number in numbers])
+            for numbers in ([one.row for one in found], [one.of for one in found])
+        )
+        near = (mine * others).sum(axis=1) >= _ANSWERS * threshold
+        return [
+            lessons.may_be_alike(one.row, one.of) and (bool(yes) or said[one.row] == said[one.of])
+            for one, yes in zip(found, near, strict=True)
+        ]
+
+    accepted: list[Duplicate] = []
+    looked_at = list(order)
+    for _ in range(_ROUNDS):  # a row that is like another and teaches something else may still be a third one's copy
+        found = semantic.similar(whole, [place[row] for row in looked_at], threshold)
+        found = [Duplicate(rows[one.row], rows[one.of], one.similarity) for one in found]
+        if not found:
+            break
+        same = alike(found)
+        accepted += [one for one, yes in zip(found, same, strict=True) if yes]
+        looked_at = [one.row for one, yes in zip(found, same, strict=True) if not yes]
+    return accepted
 
 
 def _by_caps(rows: Rows, settings: Settings, names: Sequence[str], removed: dict, best_first: Callable) -> None:

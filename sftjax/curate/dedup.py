@@ -7,7 +7,8 @@ not passed on from row to row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -53,8 +54,24 @@ def rows_in_band(threshold: float) -> int:
     return max(fits, default=1)
 
 
+class Shingled(NamedTuple):
+    """Shingles of rows one behind the other, those of row i from offsets[i] to offsets[i + 1]."""
+
+    flat: np.ndarray
+    offsets: np.ndarray
+
+    def of(self, row: int) -> np.ndarray:
+        return self.flat[self.offsets[row] : self.offsets[row + 1]]
+
+
 def near_duplicates(
-    signs: np.ndarray, flat: np.ndarray, offsets: np.ndarray, order: Iterable[int], threshold: float
+    signs: np.ndarray,
+    flat: np.ndarray,
+    offsets: np.ndarray,
+    order: Iterable[int],
+    threshold: float,
+    *,
+    alike: Callable[[int, int], bool] = lambda row, other: True,
 ) -> list[Duplicate]:
     """Rows at least as similar as `threshold` to one that stays, going through the rows in this order.
 
@@ -63,7 +80,9 @@ def near_duplicates(
       flat: the rows' shingles one behind the other, those of row i from offsets[i] to offsets[i + 1].
       order: rows to look at, best first; others are as if they weren't there.
       threshold: of the Jaccard index.
+      alike: whether two rows whose text is as similar can be duplicates.
     """
+    texts = Shingled(flat, offsets)
     buckets = _buckets(signs, rows_in_band(threshold))
     staying: dict[int, list[int]] = {}
     found = []
@@ -72,7 +91,7 @@ def near_duplicates(
             continue  # no words: neither like another nor unlike
         mine = buckets[row][buckets[row] >= 0].tolist()
         candidates = {other for bucket in mine for other in staying.get(bucket, ())}
-        best = _best(row, candidates, signs, flat, offsets, threshold) if candidates else None
+        best = _best(row, candidates, signs, texts, alike, threshold) if candidates else None
         if best is not None:
             found.append(best)
             continue
@@ -93,6 +112,31 @@ def _buckets(signs: np.ndarray, size: int) -> np.ndarray:
     return np.stack(bands, axis=1) if bands else np.zeros((len(signs), 0), np.int64)
 
 
+@dataclass(frozen=True)
+class Lessons:
+    """What two rows have to share, beside their words, to teach the same.
+
+    Attributes:
+      kinds: uint64 [rows], see `text.kind_of`.
+      numbers: see `text.numbers_of`.
+      answers: shingles of the answers.
+    """
+
+    kinds: np.ndarray
+    numbers: Shingled
+    answers: Shingled
+
+    def may_be_alike(self, row: int, other: int) -> bool:
+        """The same calls and system text, and no number in the place of another (one more or less may be)."""
+        mine, others = self.numbers.of(row), self.numbers.of(other)
+        other_numbers = len(np.setdiff1d(mine, others, True)) and len(np.setdiff1d(others, mine, True))
+        return self.kinds[row] == self.kinds[other] and not other_numbers
+
+    def alike(self, row: int, other: int, least: float) -> bool:
+        """The same lesson, by answers with a Jaccard index of at least so much."""
+        return self.may_be_alike(row, other) and jaccard(self.answers.of(row), self.answers.of(other)) >= least
+
+
 def grams_of_columns(columns: np.ndarray) -> np.ndarray:
     """One uint64 for each row of small numbers."""
     keys = np.zeros(len(columns), np.uint64)
@@ -102,20 +146,23 @@ def grams_of_columns(columns: np.ndarray) -> np.ndarray:
     return keys
 
 
-def _best(row, candidates, signs, flat, offsets, threshold) -> Duplicate | None:
+def _best(row, candidates, signs, texts: Shingled, alike, threshold) -> Duplicate | None:
     others = np.fromiter(sorted(candidates), np.int64, len(candidates))
     estimate = (signs[others] == signs[row]).mean(axis=1)
     likely = others[estimate >= threshold - 0.2]  # five standard deviations of the estimate
-    mine = flat[offsets[row] : offsets[row + 1]]
     best = None
     for other in likely.tolist():
-        similarity = jaccard(mine, flat[offsets[other] : offsets[other + 1]])
-        if similarity >= threshold and (best is None or similarity > best.similarity):
+        similarity = jaccard(texts.of(row), texts.of(other))
+        if similarity < threshold or (best is not None and similarity <= best.similarity):
+            continue
+        if alike(row, other):
             best = Duplicate(row, other, round(similarity, 4))
     return best
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two sorted arrays of distinct values."""
+    """Of two sorted arrays of distinct values; 1 for two empty ones."""
+    if not len(a) and not len(b):
+        return 1.0
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sftjax.curate import patterns
 from sftjax.curate.language import ABOUT_LANGUAGES, WITH_LATIN_LETTERS, language, scripts
-from sftjax.curate.text import Dialogue, Exchange, words
+from sftjax.curate.text import Dialogue, Exchange, spoken, words
 from sftjax.data import processes
 from sftjax.errors import ConfigError
 
@@ -64,12 +64,12 @@ def score(dialogue: Dialogue, rules: Sequence[Rule]) -> tuple[float, dict[str, f
 
 def empty_response(exchange: Exchange) -> bool:
     """The response is empty or blank."""
-    return not exchange.response.strip()
+    return not exchange.response.strip() and not exchange.acts
 
 
 def short_response(count: int, exchange: Exchange) -> bool:
     """The response has few words."""
-    return len(exchange.response_words) < count
+    return len(exchange.response_words) < count and not exchange.acts
 
 
 def long_response(ratio: float, exchange: Exchange) -> bool:
@@ -195,7 +195,7 @@ def encoding_damage(exchange: Exchange) -> bool:
 def url_only(exchange: Exchange) -> bool:
     """Links and next to nothing else."""
     rest, links = patterns.URL.subn(" ", exchange.response)
-    return links > 0 and len(rest.split()) <= 3
+    return links > 0 and len(spoken(rest)) <= 3
 
 
 def symbol_heavy(exchange: Exchange) -> bool:

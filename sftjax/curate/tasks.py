@@ -10,7 +10,7 @@ from typing import Any
 
 from sftjax.curate import patterns
 from sftjax.curate.rules import is_refusal
-from sftjax.curate.text import Dialogue, words
+from sftjax.curate.text import Dialogue, spoken, words
 
 TOKENS_PER_WORD = 1.4  # of English text with the vocabularies in use; only where no tokenizer is given
 OPENING = 5  # words that make a template
@@ -95,7 +95,7 @@ _VERBS, _SKIP = frozenset(_VERB_LIST.split()), frozenset(_SKIP_LIST.split())
 def describe(dialogue: Dialogue, tokens: int | None = None) -> dict[str, Any]:
     """A row in a few numbers and classes. `tokens` of all its text, where a tokenizer counted them."""
     first = dialogue.exchanges[0]
-    count = sum(len(text.split()) for _, text in dialogue.messages)
+    count = sum(len(spoken(text)) for _, text in dialogue.messages)
     tokens = round(count * TOKENS_PER_WORD) if tokens is None else tokens
     formats = {format_of(exchange.response) for exchange in dialogue.exchanges}
     refusals = sum(is_refusal(exchange.plain) for exchange in dialogue.exchanges)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +22,20 @@ from sftjax.data import formats
 from sftjax.data.conversations import Conversation
 from sftjax.data.types import RowError
 
-_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORDS = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")  # where words aren't spaced, each character is one
+# Where words aren't spaced: Chinese and Japanese; Thai, Lao, Tibetan, Burmese and Khmer. (Korean is spaced.)
+_HAN = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0002fa1f"
+_THAI = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"
+_ALONE = rf"{_HAN}{_THAI}\uac00-\ud7af"
+_WORDS = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")  # as numbers: each character of these is one
+# As people count them: words of these have about two characters, and about four.
+_SPOKEN = re.compile(rf"[{_HAN}]{{1,2}}|[{_THAI}]{{1,4}}|[^\s{_HAN}{_THAI}\u3000-\u303f\uff00-\uff0f\uff1a-\uff20]+")
+# What a model thinks or calls, written into its text.
+_TAGGED = re.compile(r"<(think|thinking|thought|reasoning|tool_call|function_call|tool_calls)>.*?(?:</\1>|\Z)", re.S)
+_NUMBERS = re.compile(
+    r"[-+*/^<>=×÷]?\s?\d+(?:[.,]\d+)*|\b(?:zero|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen"
+    r"|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
+    r"|hundred|thousand|million|billion)\b"
+)
 _ASCII_WORDS = re.compile(r"\w+", re.ASCII)
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _CACHED_WORDS = 1_000_000
@@ -33,20 +46,21 @@ class Exchange:
 
     Attributes:
       instruction: None for a bare text.
-      response: the answer; tool calls in it are JSON text.
+      response: what the answer says, without its thoughts and calls.
+      acts: the answer has thoughts or calls tools, whatever it says besides.
       loose: another answer of the conversation ends without a full stop: that is how this writer writes.
     """
 
-    def __init__(self, instruction: str | None, response: str):
-        self.instruction, self.response, self.loose = instruction, response, False
+    def __init__(self, instruction: str | None, response: str, acts: bool = False):
+        self.instruction, self.response, self.acts, self.loose = instruction, response, acts, False
 
     @cached_property
     def instruction_words(self) -> list[str]:
-        return (self.instruction or "").split()
+        return spoken(self.instruction or "")
 
     @cached_property
     def response_words(self) -> list[str]:
-        return self.response.split()
+        return spoken(self.response)
 
     @cached_property
     def plain(self) -> str:
@@ -61,14 +75,20 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One row. `messages` are (role, text); a tree of replies gives those of all its paths."""
+    """One row. `messages` are (role, all text: thoughts, content and calls); a tree of replies gives those of all its
+    paths. `calls` are the tool calls, and the tools offered, as JSON text."""
 
     messages: tuple[tuple[str, str], ...]
     exchanges: tuple[Exchange, ...]
+    calls: str = ""
 
     @property
     def system(self) -> str:
         return "\n".join(text for role, text in self.messages if role in ("system", "developer"))
+
+    @property
+    def answers(self) -> str:
+        return "\n".join(text for role, text in self.messages if role == "assistant")
 
 
 def read(row: Mapping[str, Any], format: str = "auto", fields: Mapping[str, str] | None = None) -> Dialogue:
@@ -79,37 +99,58 @@ def read(row: Mapping[str, Any], format: str = "auto", fields: Mapping[str, str]
     """
     messages: list[tuple[str, str]] = []
     exchanges: list[Exchange] = []
+    calls: list[str] = []
     for example in formats.parse(row, format, fields):
         if isinstance(example, Conversation):
-            turns = [(message["role"], _content(message)) for message in example.messages]
-            exchanges += _exchanges(turns)
+            turns = [(message["role"], _all_text(message)) for message in example.messages]
+            exchanges += _exchanges(example.messages, turns)
             messages += turns
+            calls += [_called(message) for message in example.messages if "tool_calls" in message]
+            calls += [orjson.dumps(example.tools, default=str, option=_SORTED).decode()] if example.tools else []
         elif isinstance(example, formats.Text):
             messages += [("user", example.prompt)] if example.prompt else []
             messages.append(("assistant", example.completion))
-            exchanges.append(Exchange(example.prompt or None, example.completion))
+            exchanges.append(_exchange(example.prompt or None, example.completion))
         else:
             raise RowError("tokens_only", "the row holds token ids: curate the text that they were made from")
     if not exchanges:
         raise RowError("no_assistant_turn", "there is no answer in the row")
-    return Dialogue(
-        tuple(dict.fromkeys(messages)) if len(exchanges) < len(messages) // 2 else tuple(messages), tuple(exchanges)
-    )
+    if len(exchanges) < len(messages) // 2:
+        messages = list(dict.fromkeys(messages))
+    return Dialogue(tuple(messages), tuple(exchanges), "\n".join(calls))
 
 
-def _content(message: Mapping[str, Any]) -> str:
-    text = message.get("content") or ""
-    if message.get("tool_calls"):
-        text = f"{text}\n{orjson.dumps(message['tool_calls'], default=str).decode()}".strip()
-    return text
+_SORTED = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
 
 
-def _exchanges(turns: Sequence[tuple[str, str]]) -> list[Exchange]:
+def _called(message: Mapping[str, Any]) -> str:
+    """Names and arguments of a message's calls, without the ids that each run gives anew."""
+    functions = [call.get("function", call) for call in message["tool_calls"]]
+    return orjson.dumps(
+        [[one.get("name"), one.get("arguments")] for one in functions], default=str, option=_SORTED
+    ).decode()
+
+
+def _all_text(message: Mapping[str, Any]) -> str:
+    if len(message) == 2 and isinstance(message.get("content"), str):  # nearly all
+        return message["content"]
+    parts = [message.get("reasoning_content"), message.get("content")]
+    parts += [_called(message)] if "tool_calls" in message else []
+    return "\n".join(part for part in parts if isinstance(part, str) and part)
+
+
+def _exchange(asked: str | None, content: str, acts: bool = False) -> Exchange:
+    said = _TAGGED.sub("", content) if "<" in content else content
+    return Exchange(asked, said, acts or said != content)
+
+
+def _exchanges(messages: Sequence[Mapping[str, Any]], turns: Sequence[tuple[str, str]]) -> list[Exchange]:
     asked: list[str] = []
     found = []
-    for role, text in turns:
+    for message, (role, text) in zip(messages, turns, strict=True):
         if role == "assistant":
-            found.append(Exchange("\n".join(asked), text))
+            acts = "tool_calls" in message or bool(str(message.get("reasoning_content") or "").strip())
+            found.append(_exchange("\n".join(asked), message.get("content") or "", acts))
             asked = []
         elif role in ("user", "tool"):
             asked.append(text)
@@ -117,6 +158,11 @@ def _exchanges(turns: Sequence[tuple[str, str]]) -> list[Exchange]:
     for exchange in found:
         exchange.loose = len(unstopped) > (exchange in unstopped)
     return found
+
+
+def spoken(text: str) -> list[str]:
+    """Words as people count them, in scripts with blanks between words and in those without."""
+    return text.split() if text.isascii() else _SPOKEN.findall(text)
 
 
 # --- words as numbers ---------------------------------------------------------------------------------------------
@@ -164,7 +210,25 @@ def exact_key(dialogue: Dialogue) -> bytes:
     Punctuation counts: "Let's eat, grandma" is not "Let's eat grandma".
     """
     parts = [part for role, text in dialogue.messages for part in (role, " ".join(_folded(text).split()))]
+    parts += [dialogue.calls] if dialogue.calls else []
     return xxhash.xxh3_128_digest("\0".join(parts).encode())
+
+
+def kind_of(dialogue: Dialogue) -> int:
+    """A number of 64 bits; only rows of one kind can be near duplicates: those with the same calls and system text."""
+    answers = _folded(dialogue.answers)
+    wordless = "" if _WORDS.search(answers) else answers  # nothing else would tell these from another
+    parts = (dialogue.calls, " ".join(_folded(dialogue.system).split()), wordless)
+    return xxhash.xxh3_64_intdigest("\0".join(parts).encode())
+
+
+def numbers_of(dialogue: Dialogue) -> np.ndarray:
+    """uint32 [n], sorted: a hash of each number that the row speaks of, one for each time."""
+    counts: Counter[str] = Counter()
+    for _, text in dialogue.messages:
+        counts.update("".join(found.split()) for found in _NUMBERS.findall(_folded(text)))
+    times = [f"{number} {time}".encode() for number, count in counts.items() for time in range(count)]
+    return np.unique(np.array([xxhash.xxh32_intdigest(one) for one in times], np.uint32))
 
 
 def _folded(text: str) -> str:

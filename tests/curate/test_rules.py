@@ -219,3 +219,42 @@ def test_a_classifier_in_hugging_face_layout(monkeypatch):
     rule = rules.hf_classifier("folder", "toxic")
     assert fired(LONG, extra=(("toxic", rule, 1.0),))[0] == pytest.approx(0.1)
     assert asked == [LONG]
+
+
+UNSPACED = {
+    "Chinese": (
+        "北京为什么是中国的首都？",
+        "北京是中国的政治中心和文化中心，历史上多个朝代在此建都，交通也十分便利，因此成为首都。",
+    ),
+    "Japanese": (
+        "東京について教えてください。",
+        "東京は日本の首都であり、人口が最も多い都市です。政治や経済の中心として発展してきました。",
+    ),
+    "Thai": ("เมืองหลวงของไทยคืออะไร", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทยและเป็นศูนย์กลางทางเศรษฐกิจของประเทศ"),
+    "Khmer": ("រាជធានីនៃប្រទេសកម្ពុជា?", "ភ្នំពេញគឺជារាជធានីនៃព្រះរាជាណាចក្រកម្ពុជានិងជាមជ្ឈមណ្ឌលសេដ្ឋកិច្ច។"),
+}
+
+
+@pytest.mark.parametrize(("question", "answer"), UNSPACED.values(), ids=UNSPACED.keys())
+def test_lengths_in_scripts_without_blanks_between_words(question, answer):
+    exchange = text.Exchange(question, answer)
+    for rule in ("short_response", "empty_response", "long_response", "url_only"):
+        check = next(one.check for one in rules.DEFAULT if one.name == rule)
+        assert not check(exchange), rule
+    assert 5 <= len(exchange.response_words) <= len(answer) / 1.5
+    (short,) = (one.check for one in rules.DEFAULT if one.name == "short_response")
+    assert short(text.Exchange(question, answer[:2]))
+
+
+def test_answers_that_call_or_think_are_neither_empty_nor_short():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    for answer in (
+        {"content": None, "tool_calls": [call]},
+        {"content": "", "reasoning_content": "hm"},
+        {"content": "<think>hm</think>"},
+        {"content": '<tool_call>{"name": "f"}</tool_call>'},
+    ):
+        row = {"messages": [{"role": "user", "content": "Do it please"}, {"role": "assistant", **answer}]}
+        assert rules.score(text.read(row), rules.DEFAULT) == (1.0, {})
+    (exchange,) = text.read({"question": "Do it please", "answer": ""}).exchanges
+    assert rules.empty_response(exchange)

@@ -339,3 +339,58 @@ def test_planted_faults_end_to_end(tmp_path):
         assert all(fault.index in removed for fault in truth if fault.kind == kind), kind
     assert found["rows_kept"] + len(removed) == len(made)
     assert json.dumps(found)
+
+
+LONG = "Tom walks along the river with his old dog every day before the sun comes up, and he likes to sing on the way"
+
+
+def sums(numbers, answer, **more):
+    return {
+        "question": f"{LONG}. He has {numbers[0]} apples and buys {numbers[1]}. How many has he?",
+        "answer": answer,
+        **more,
+    }
+
+
+def called(name, arguments, question=LONG):
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+    }
+
+
+def thought(text):
+    answer = {"role": "assistant", "content": "He should sing.", "reasoning_content": text}
+    return {"messages": [{"role": "user", "content": LONG}, answer]}
+
+
+def test_rows_that_differ_in_what_they_teach_are_no_duplicates(tmp_path):
+    said = "the song helps him and his dog to find their way home again in the dark before the sun is up"
+    apart = [
+        sums((3, 4), "That makes 7 apples in all, and the dog has none."),
+        sums((3, 5), "That makes 8 apples in all, and the dog has none."),
+        sums(("three", "four"), "That makes seven apples in all, and the dog has none."),
+        sums(("three", "five"), "That makes eight apples in all, and the dog has none."),
+        {"question": f"{LONG}. Is he happy about it, would you say so?", "answer": "yes, he is."},
+        {"question": f"{LONG}. Is he happy about it, would you say so?", "answer": "not at all!"},
+        called("find_river", {"name": "Elbe"}),
+        called("find_dog", {"name": "Elbe"}),
+        called("find_river", {"name": "Rhine"}),
+        thought(f"He likes it, so {said}."),
+        thought("Nobody hears him there, and singing in the open air keeps a person warm and awake in winter months."),
+        {"system": "You are a poet.", "question": f"{LONG}. Why does he sing?", "answer": f"Because {said}."},
+        {"system": "You are a judge.", "question": f"{LONG}. Why does he sing?", "answer": f"Because {said}."},
+    ]
+    copies = [  # of the first, a call and the last
+        sums((3, 4), "That makes 7 apples in all, and the dog has none, too."),
+        called("find_river", {"name": "Elbe"}),
+        {"system": "You are a judge.", "question": f"{LONG}. Why does he sing?", "answer": f"Because {said}, yes."},
+    ]
+    path = write(tmp_path / "data.jsonl", [*apart, *copies])
+    run.curate(settings(tmp_path, path, quality={"threshold": 0.0}))
+    assert [line["_index"] for line in lines(tmp_path / "out/kept.jsonl")] == [*range(len(apart))]
+    removed = {line["index"]: line["detail"].split(",")[0] for line in lines(tmp_path / "out/removed.jsonl")}
+    assert removed == {13: "of data.jsonl row 0", 14: "of data.jsonl row 6", 15: "of data.jsonl row 12"}

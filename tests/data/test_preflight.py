@@ -28,7 +28,6 @@ class ChatEncoder:
     def examples(self, row):
         return [*formats.parse(row, "messages")]
 
-
     def __call__(self, row, index=0, source=0):
         tokens = np.array(row["tokens"], np.int32)
         return [Sample(tokens, np.array(row["weights"], np.float32), source, index, flags=tuple(row.get("flags", ())))]
