@@ -30,6 +30,7 @@ CHOICES = {
     "data.shares_of": ("rows", "tokens"),
     "data.train_on": ("all", "last", "weights"),
     "data.on_mask_error": ("raise", "drop", "unroll"),
+    "data.control_text": ("plain", "error"),
     "train.loss_reduction": ("token", "example"),
     "train.lr_scheduler_type": ("cosine", "linear", "constant", "wsd"),
     "peft.method": ("none", "lora", "dora", "houlsby", "pfeiffer"),
@@ -62,6 +63,7 @@ def defaults() -> ConfigDict:
     config.model.embedding_dropout = 0.0
     config.model.chat_template = ""  # built-in name or file; empty: the tokenizer's own
     config.model.end_of_turn = ""  # the token generation stops on; empty: the template's own
+    config.model.template_kwargs = ConfigDict()  # the chat template's variables, such as {"enable_thinking": False}
     config.model.pad_vocab_to_multiple_of = 1
 
     config.data = ConfigDict()
@@ -85,6 +87,12 @@ def defaults() -> ConfigDict:
     config.data.static_lengths = 4  # sizes that unpacked and padding-free rows are padded to; each is compiled once
     config.data.train_on = "all"
     config.data.on_mask_error = "unroll"
+    config.data.system = ""  # system text of conversations that have none
+    config.data.fold_system = False  # write it in front of the first user message, for templates without that role
+    config.data.control_text = "plain"  # text that spells a control token: it stays text, or the row is an error
+    config.data.close_thoughts = False  # where the prompt opens a thought and an answer has none: train an empty one
+    config.data.allow_lost = ()  # parts that a chat template may leave out, such as "reasoning" (docs/guide.md)
+    config.data.max_lost_fraction = 0.05  # of the rows, that may lack a part of the prompt
     config.data.max_dropped_fraction = 0.1
     config.data.shuffle = True
     config.data.workers = 0

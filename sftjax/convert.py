@@ -117,7 +117,10 @@ def _convert_run(run: Path, step: int | None, target: str, adapter: str | None, 
         raise ConfigError("--adapter goes with a model; a run's own adapter is merged without being named")
     config = config_lib.of_run(str(run))
     opened = loading.open_model(
-        config.model.path, chat_template=config.model.chat_template, end_of_turn=config.model.end_of_turn
+        config.model.path,
+        chat_template=config.model.chat_template,
+        end_of_turn=config.model.end_of_turn,
+        template_kwargs=config.model.template_kwargs.to_dict(),
     )
     _, trained, _ = checkpoint.restore_params(os.path.join(run, "checkpoints"), step=step)
     model, params = _trained_params(config, opened, trained)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 import orjson
 
 from sftjax import loading
-from sftjax.data import rendered
-from sftjax.data.encode import RowEncoder
+from sftjax.data import encode
 from sftjax.data.sources import open_source
 from sftjax.errors import StorageError
 from sftjax.score import encode_rows, score_samples
@@ -26,16 +25,19 @@ def score_file(
     adapter: str | None = None,
     dtype: str = "float32",
     per_token: bool = False,
-    format: str = "auto",
-    chat_template: str | None = None,
-    train_on: str = "all",
+    template: Mapping[str, Any] | None = None,
+    encoding: Mapping[str, Any] | None = None,
 ) -> int:
-    """Scores every row of a file; see `tools/score.py` for the lines. Returns the exit code."""
+    """Scores every row of a file; see `tools/score.py` for the lines. Returns the exit code.
+
+    Args:
+      template: what `loading.open_model` takes for the chat template.
+      encoding: what `encode.encoder_of` takes.
+    """
     with written_whole(out) as file:
         source = open_source({"path": data})
-        loaded = loading.load_model(model, adapter=adapter, dtype=dtype, chat_template=chat_template or "")
-        format = rendered.recognised(source, loaded.tokenizer, format)
-        encoder = RowEncoder(loaded.tokenizer, format=format, train_on=train_on, on_mask_error="unroll")
+        loaded = loading.load_model(model, adapter=adapter, dtype=dtype, **(template or {}))
+        encoder = encode.encoder_of(source, loaded.tokenizer, **(encoding or {}))
         samples, errors = encode_rows(source, encoder)
         lines = {}
         for number, line in score_samples(

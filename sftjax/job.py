@@ -97,6 +97,7 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
         mixture,
         opened.tokenizer,
         sample_rows=config.data.preflight_rows,
+        max_lost=config.data.max_lost_fraction,
         max_steps=config.train.max_steps or (ledger or {}).get("steps", 0),
         **batching,
     )
@@ -136,7 +137,10 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
 def open_model(config: config_lib.ConfigDict) -> loading.Opened:
     """The model that a configuration names, with its chat template."""
     return loading.open_model(
-        config.model.path, chat_template=config.model.chat_template, end_of_turn=config.model.end_of_turn
+        config.model.path,
+        chat_template=config.model.chat_template,
+        end_of_turn=config.model.end_of_turn,
+        template_kwargs=config.model.template_kwargs.to_dict(),
     )
 
 
@@ -144,7 +148,7 @@ def fingerprints(opened: loading.Opened, mixture: Mixture) -> dict[str, str]:
     """What a run's data, template, tokenizer and weights are known by."""
     return {
         "data": loading.digest(*(i.source.fingerprint() for i in mixture.ingredients)),
-        "template": loading.digest(opened.tokenizer.template.text if opened.tokenizer.template else ""),
+        "template": loading.digest(opened.tokenizer.renderer.source if opened.tokenizer.renderer else ""),
         "tokenizer": opened.tokenizer.fingerprint(),
         "weights": opened.fingerprint(),
     }

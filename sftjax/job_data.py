@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from sftjax import config as config_lib
-from sftjax.data import rendered, subsets
-from sftjax.data.encode import RowEncoder
+from sftjax.data import subsets
+from sftjax.data.encode import encoder_of
 from sftjax.data.mixture import Ingredient, Mixture
 from sftjax.data.sources import MIXTURE_KEYS, check_spec, open_source
 from sftjax.errors import ConfigError
 from sftjax.parallel import partition
+
+# Fields of `data` that the encoder of rows takes by the same name.
+ENCODING = ("on_mask_error", "control_text", "fold_system", "allow_lost", "close_thoughts")
 
 
 def source_spec(entry: Any) -> dict[str, Any]:
@@ -41,12 +44,14 @@ def ingredient(
     share = {key: spec.pop(key) for key in MIXTURE_KEYS if key in spec}
     format, fields = spec.pop("format", format), spec.pop("fields", {})
     source = open_source(spec)
-    encode = RowEncoder(
+    encode = encoder_of(
+        source,
         tokenizer,
-        format=rendered.recognised(source, tokenizer, format, fields),
+        format=format,
         fields=fields,
         train_on=config.data.train_on,
-        on_mask_error=config.data.on_mask_error,
+        system=config.data.system or None,
+        **{name: config.data[name] for name in ENCODING},
     )
     return Ingredient(source, encode, **share, replay=replay)
 

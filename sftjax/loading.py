@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,18 @@ class Opened:
         return hf.fingerprint(self.files)
 
 
-def open_model(path: str, *, chat_template: str = "", end_of_turn: str = "", adapter: str | None = None) -> Opened:
+def open_model(
+    path: str,
+    *,
+    chat_template: str = "",
+    end_of_turn: str = "",
+    template_kwargs: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
+) -> Opened:
     """Reads configuration and tokenizer.
 
     Args:
+      chat_template, end_of_turn, template_kwargs: see `tokenizer.load`; empty: the model's own.
       adapter: PEFT folder, whose tokenizer is taken where it has one: its template may have added tokens.
 
     Raises:
@@ -56,7 +64,12 @@ def open_model(path: str, *, chat_template: str = "", end_of_turn: str = "", ada
     """
     files = hf.open_model(path)
     with contextlib.nullcontext(adapter) if has_tokenizer(adapter) else _tokenizer_folder(files) as folder:
-        tokenizer = tokenizers.load(folder, chat_template=chat_template or None, end_of_turn=end_of_turn or None)
+        tokenizer = tokenizers.load(
+            folder,
+            chat_template=chat_template or None,
+            end_of_turn=end_of_turn or None,
+            template_kwargs=template_kwargs,
+        )
     rows = files.config.vocab_size
     if adapter is not None:
         rows = max(rows, peft_format.vocab_rows(adapter) or 0)
@@ -101,6 +114,8 @@ def load_model(
     adapter: str | None = None,
     dtype: str = "float32",
     chat_template: str = "",
+    end_of_turn: str = "",
+    template_kwargs: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> Model:
     """Loads a model for inference: weights and arithmetic in `dtype`.
@@ -108,9 +123,16 @@ def load_model(
     Args:
       path: HF folder, .gguf file or hub id.
       adapter: PEFT folder.
+      chat_template, end_of_turn, template_kwargs: see `open_model`.
       mesh: None: all devices, weights sharded over them.
     """
-    opened = open_model(path, chat_template=chat_template, adapter=adapter)
+    opened = open_model(
+        path,
+        chat_template=chat_template,
+        end_of_turn=end_of_turn,
+        template_kwargs=template_kwargs,
+        adapter=adapter,
+    )
     mesh = mesh or meshes.make({"data": 1, "fsdp": -1, "tensor": 1, "context": 1, "expert": 1})
     abstract = {"params": decoder.abstract_params(opened.config, dtype)}
     shardings = partition.shardings(abstract, mesh)

@@ -273,10 +273,10 @@ def redact(value: Any, key: str = "") -> Any:
 # be used. Anything else is the name by which --allow lets it pass; an unlisted field goes by its section's name.
 RESUME_RULES = (
     (r"run_dir|log\..*|checkpoint\..*|export\..*|eval\..*|mesh\..*", "free"),
-    (r"data\.(workers|preflight_rows|max_eval_rows|eval|max_dropped_fraction)(\..*)?", "free"),
+    (r"data\.(workers|preflight_rows|max_eval_rows|eval|max_dropped_fraction|max_lost_fraction)(\..*)?", "free"),
     (r"model\.(attention|remat|scan_unroll|path)", "free"),  # the weights are known by their fingerprint
     (r"train\.(logging_steps|max_nonfinite_steps)", "free"),
-    (r"model\.(chat_template|end_of_turn)|fingerprint\.template", "template"),
+    (r"model\.(chat_template|end_of_turn|template_kwargs)(\..*)?|fingerprint\.template", "template"),
     (r"peft\.(lora_dropout|loraplus_lr_ratio)", "train"),
     (r"peft\..*", "!the saved adapter has another form"),
     (r"train\.(trainable|optim)", "!the saved optimizer state belongs to other parameters"),

@@ -1,8 +1,10 @@
 """Shows what a data file becomes: conversations with the trained tokens coloured.
 
-In the terminal; or with --out FILE.jsonl one line per sample, {"index", "sample", "tokens", "weights", "text"} (a row
-that can't be used gives {"index", "error"}); or with --out FILE.html one page that opens offline, with search, filters
-by source, score, length and rule, histograms, and with --max_length the rows that the samples are packed into.
+In the terminal; or with --out FILE.jsonl one line per sample, {"index", "sample", "tokens", "weights", "text"}, with
+"lost" where the text lacks parts of the row (a row that can't be used gives {"index", "error"}); or with --out
+FILE.html one page that opens offline, with search, filters by source, score, length and rule, histograms, and with
+--max_length the rows that the samples are packed into. The arguments that a configuration has as settings of the data
+and the template mean the same here.
 """
 
 import sys
@@ -11,24 +13,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sftjax.arguments import Parser
+from sftjax.data import row_options
 from sftjax.errors import ConfigError, StorageError, exit_with_message
 
 
-def load_tokenizer(model: str, template: str | None, end_of_turn: str | None):
+def load_tokenizer(model: str, template: dict):
     if Path(model).is_dir():  # the tokenizer is all that is needed: no weights, no backend
         from sftjax.data import tokenizer
 
-        return tokenizer.load(model, chat_template=template, end_of_turn=end_of_turn)
+        return tokenizer.load(model, **template)
     from sftjax import loading
 
-    return loading.open_model(model, chat_template=template or "", end_of_turn=end_of_turn or "").tokenizer
-
-
-def named_fields(pairs) -> dict[str, str]:
-    for pair in pairs:
-        if "=" not in pair:
-            raise ConfigError(f"--fields {pair}: give NAME=COLUMN, as question=ask")
-    return dict(pair.split("=", 1) for pair in pairs)
+    return loading.open_model(model, **template).tokenizer
 
 
 def main() -> int:
@@ -36,11 +32,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
     parser.add_argument("--data", required=True, nargs="+", help="files of rows, or any sources a config takes")
     parser.add_argument("--out", help="FILE.jsonl or FILE.html; without it the terminal")
-    parser.add_argument("--template", help="chat template: built-in name or file (default: the model's own)")
-    parser.add_argument("--end_of_turn", help="token that ends an answer, in place of the template's")
-    parser.add_argument("--format", default="auto", help="of the rows (default: recognised)")
-    parser.add_argument("--fields", nargs="*", default=(), help="names of columns, as question=ask answer=reply")
-    parser.add_argument("--train_on", default="all", choices=("all", "last", "weights"))
+    row_options.add(parser)
     parser.add_argument("--split", default="", help="part of the data, such as test or [:100]")
     parser.add_argument("--limit", type=int, help="rows of each file to show (default: .jsonl all, .html 500, else 20)")
     parser.add_argument("--max_length", type=int, default=0, help="with .html: draw the packed rows of so many tokens")
@@ -54,23 +46,16 @@ def main() -> int:
 
     from sftjax.curate import preview as pages
     from sftjax.curate.run import open_inputs
-    from sftjax.data import preview, rendered
-    from sftjax.data.encode import RowEncoder
+    from sftjax.data import encode, preview
 
     inputs = open_inputs([{"path": path, "split": args.split} for path in args.data])
     removed = pages.removals(args.removed) if args.removed else {}
-    tokenizer = load_tokenizer(args.model, args.template, args.end_of_turn)
-    fields = named_fields(args.fields)
-
-    def encoder(source) -> RowEncoder:
-        format = rendered.recognised(source, tokenizer, args.format, fields)
-        return RowEncoder(tokenizer, format=format, fields=fields, train_on=args.train_on)
-
+    tokenizer, encoding = load_tokenizer(args.model, row_options.template(args)), row_options.encoding(args)
     limit = args.limit if args.limit is not None else {".jsonl": None, ".html": 500}.get(kind, 20)
     shown = (
         pages.Seen(row, one.name, removed.get((one.name, row.index)))
         for one in inputs
-        for row in preview.rows(one.source, encoder(one.source), limit)
+        for row in preview.rows(one.source, encode.encoder_of(one.source, tokenizer, **encoding), limit)
     )
     try:
         if args.out:

@@ -3,7 +3,8 @@
 Writes one JSON line per training sample, in the order of the file:
   {"index", "sample", "nll", "num_trained_tokens", "num_tokens"}    nll: weighted sum in nats
 with --tokens also "tokens", "weights", "token_nll" (equal lengths; token_nll[0] is null). A row that can't be used
-gives {"index", "error"}. The mean loss is sum(nll) / sum(weights).
+gives {"index", "error"}. The mean loss is sum(nll) / sum(weights). The arguments that a configuration has as settings
+of the data and the template mean the same here.
 """
 
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sftjax.arguments import Parser
+from sftjax.data import row_options
 from sftjax.errors import exit_with_message
 
 
@@ -23,9 +25,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="JSONL to write")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="weights and arithmetic")
     parser.add_argument("--tokens", action="store_true", help="add the loss of every token")
-    parser.add_argument("--format", default="auto", help="of the rows (default: recognised)")
-    parser.add_argument("--template", help="chat template: built-in name or file (default: the model's own)")
-    parser.add_argument("--train_on", default="all", choices=("all", "last", "weights"))
+    row_options.add(parser)
     args = parser.parse_args()
 
     from sftjax import inference
@@ -37,9 +37,8 @@ def main() -> int:
         out=args.out,
         dtype=args.dtype,
         per_token=args.tokens,
-        format=args.format,
-        chat_template=args.template,
-        train_on=args.train_on,
+        template=row_options.template(args),
+        encoding=row_options.encoding(args),
     )
 
 

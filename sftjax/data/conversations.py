@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,26 +153,6 @@ def _tool_call(call, number: int) -> dict[str, Any]:
             ) from None
         inner = {**inner, "arguments": arguments}
     return {**call, "function": dict(inner)} if "function" in call else dict(inner)
-
-
-def arguments_as_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-    """The messages with tool calls' arguments as JSON text; None where there are no tool calls."""
-    changed = []
-    for message in messages:
-        if "tool_calls" in message:
-            calls = [
-                {**call, "function": {**call["function"], "arguments": _json(call["function"])}}
-                if "function" in call
-                else {**call, "arguments": _json(call)}
-                for call in message["tool_calls"]
-            ]
-            message = {**message, "tool_calls": calls}
-        changed.append(dict(message))
-    return changed if any("tool_calls" in message for message in messages) else None
-
-
-def _json(function: Mapping[str, Any]) -> str:
-    return json.dumps(function.get("arguments", {}), ensure_ascii=False)
 
 
 def tools_of(row) -> list[Any] | None:

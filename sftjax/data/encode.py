@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from sftjax.data import conversations, formats, masks, rendered
+from sftjax.data import conservation, formats, masks, rendered, shapes, templates
 from sftjax.data.conversations import Conversation
 from sftjax.data.formats import Text, Tokens
 from sftjax.data.tokenizer import Tokenizer
@@ -18,6 +18,14 @@ from sftjax.data.types import RowError, Sample
 from sftjax.errors import ConfigError
 
 VERSION = 2  # raised when the same row would give other samples, so that nothing stale is used
+# Why a conversation may be refused in one shape and taken in another; what says more about the row has a higher number.
+_ASK_AGAIN = {
+    "template_refused": 0,
+    "lost_answer": 1,
+    "prompt_not_prefix": 2,
+    "lost_reasoning": 2,
+    "lost_tool_call": 2,
+}
 _SHORT_HEAD = 200  # characters; shorter stretches of prompts repeat from row to row, and are kept
 _MAX_KEPT_HEADS = 4096
 
@@ -33,8 +41,7 @@ class RowEncoder:
         Those fields are honoured in every mode.
       system: system text for conversations that have none.
       fold_system: write the system text in front of the first user message, for templates that refuse a system role.
-      on_mask_error: for conversations whose history the template rewrites: "unroll", "drop" or "raise"
-        (`masks.render`).
+      on_mask_error, allow_lost, close_thoughts: see `masks.Policy`.
       control_text: what becomes of text that spells a control token: "plain" (encoded as text, and flagged) or
         "error" (RowError).
       template_kwargs: further variables for the template, such as {"enable_thinking": False}.
@@ -52,6 +59,8 @@ class RowEncoder:
         on_mask_error: str = "unroll",
         control_text: str = "plain",
         template_kwargs: Mapping[str, object] | None = None,
+        allow_lost: Sequence[str] = (),
+        close_thoughts: bool = False,
     ):
         if unknown := sorted(set(fields or {}) - formats.FIELDS):
             raise ConfigError(
@@ -65,10 +74,13 @@ class RowEncoder:
         ):
             if value not in choices:
                 raise ConfigError(f"data.{name}={value!r} is not one of {', '.join(choices)}")
+        if unknown := [part for part in allow_lost if part not in conservation.PARTS]:
+            raise ConfigError(f"data.allow_lost: {unknown[0]!r} is not one of {', '.join(conservation.PARTS)}")
         self.tokenizer = tokenizer
         self.format, self.fields = format, dict(fields or {})
         self.train_on, self.system, self.fold_system = train_on, system, fold_system
-        self.on_mask_error, self.control_text = on_mask_error, control_text
+        self.policy = masks.Policy(on_mask_error, tuple(allow_lost), close_thoughts)
+        self.control_text = control_text
         self.template_kwargs = dict(template_kwargs or {})
         self._heads: dict[tuple[str, str], bytes] = {}
 
@@ -143,20 +155,36 @@ class RowEncoder:
         if isinstance(example, Text):
             return [self._render_text(example)]
         messages, weights = self._turns(example)
+        if taken := [name for name in example.kwargs if name in self._taken]:
+            raise RowError("reserved_variable", f"chat_template_kwargs sets {taken[0]!r}, which no row can set")
         kwargs = {**self.template_kwargs, **example.kwargs}
-        options = {"tools": example.tools, "kwargs": kwargs, "on_mask_error": self.on_mask_error}
-        try:
-            parts = masks.render(self.tokenizer, messages, weights, **options)
-        except RowError as error:
-            if error.reason != "template_refused" or "TypeError" not in error.detail:
-                raise
-            as_text = conversations.arguments_as_text(messages)  # a few templates (DeepSeek's) join them as text
-            if as_text is None:
-                raise
-            parts = masks.render(self.tokenizer, as_text, weights, **options)
+        options = {"tools": example.tools, "kwargs": kwargs, "policy": self.policy}
+        parts = self._render_in_some_shape(messages, weights, options)
         if self.control_text == "error" and any("control_text" in part.flags for part in parts):
             raise RowError("control_text", "the text spells a control token")
         return parts
+
+    def _render_in_some_shape(self, messages, weights, options) -> list[masks.Rendered]:
+        """As the row has it; where the template fails on that or loses part of it, in another shape for the same."""
+        try:
+            return masks.render(self.tokenizer, messages, weights, **options)
+        except RowError as error:
+            refused = error
+        for other in shapes.others(messages) if refused.reason in _ASK_AGAIN else ():
+            if refused.reason not in _ASK_AGAIN:
+                break
+            try:
+                return masks.render(self.tokenizer, other, weights, **options)
+            except RowError as error:
+                if _ASK_AGAIN.get(error.reason, 2) > _ASK_AGAIN[refused.reason]:
+                    refused = error
+        raise refused
+
+    @property
+    def _taken(self) -> tuple[str, ...]:
+        """Variables of a template that no row can set."""
+        renderer = self.tokenizer.renderer
+        return (*templates.RESERVED, *(renderer.special_tokens if renderer else ()))
 
     def _turns(self, example: Conversation) -> tuple[list[dict], list[float]]:
         """Messages and weights after this encoder's policy."""
@@ -177,7 +205,12 @@ class RowEncoder:
                 raise RowError("empty_answer", f"message {i} is an empty assistant turn")
         if self.system and messages[0]["role"] not in ("system", "developer"):
             messages, weights = [{"role": "system", "content": self.system}, *messages], [0.0, *weights]
-        if self.fold_system and messages[0]["role"] == "system" and len(messages) > 1 and messages[1]["role"] == "user":
+        if (
+            self.fold_system
+            and messages[0]["role"] in ("system", "developer")
+            and len(messages) > 1
+            and messages[1]["role"] == "user"
+        ):
             content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
             messages, weights = [{**messages[1], "content": content}, *messages[2:]], weights[1:]
         return messages, weights
@@ -207,7 +240,7 @@ class RowEncoder:
             return self._draft_text(part, encoded)
         self._check_rows(encoded.ids)
         masked = masks.mask(tokenizer, part, encoded)
-        return _Draft(encoded.ids, masked.weights, masked.flags, masked.heads)
+        return _Draft(encoded.ids, masked.weights, masked.flags, masked.heads, part.lost)
 
     def _draft_text(self, part: masks.Rendered, encoded) -> _Draft:
         """A text with EOS behind it, and in front only what the tokenizer adds by itself."""
@@ -261,6 +294,23 @@ class RowEncoder:
                 self._heads[key] = alone
 
 
+def encoder_of(
+    source: Sequence[Mapping],
+    tokenizer: Tokenizer,
+    *,
+    format: str = "auto",
+    fields: Mapping[str, str] | None = None,
+    **policy,
+) -> RowEncoder:
+    """The encoder of a source's rows: where they are a chat template's own text already, one that reads them back.
+
+    Args:
+      format, fields, policy: see `RowEncoder`.
+    """
+    format = rendered.recognised(source, tokenizer, format, fields)
+    return RowEncoder(tokenizer, format=format, fields=fields, **policy)
+
+
 def _noted(part: Tokens | masks.Rendered, notes: tuple[str, ...]) -> Tokens | masks.Rendered:
     """Notes on the row join the sample's flags."""
     return replace(part, flags=(*part.flags, *notes)) if notes and isinstance(part, masks.Rendered) else part
@@ -269,9 +319,9 @@ def _noted(part: Tokens | masks.Rendered, notes: tuple[str, ...]) -> Tokens | ma
 class _Draft:
     """A sample before its prompts have been compared."""
 
-    def __init__(self, tokens: np.ndarray, weights: np.ndarray, flags: tuple[str, ...], heads: tuple):
-        self.tokens, self.weights, self.flags, self.heads = tokens, weights, flags, heads
+    def __init__(self, tokens: np.ndarray, weights: np.ndarray, flags: tuple[str, ...], heads: tuple, lost: tuple = ()):
+        self.tokens, self.weights, self.flags, self.heads, self.lost = tokens, weights, flags, heads, lost
 
     def sample(self, source: int, index: int, number: int) -> Sample:
         self.weights[0] = 0  # nothing stands before it
-        return Sample(self.tokens, self.weights, source, index, number, self.flags)
+        return Sample(self.tokens, self.weights, source, index, number, self.flags, self.lost)

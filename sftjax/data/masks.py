@@ -1,17 +1,15 @@
 """Which tokens are trained, proved from the rendering of the model's own chat template.
 
-    full   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
-    head   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n        = the prompt that generation sees
+    full   <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n
+    head   <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n        = the prompt that generation sees
     trained                                                          ^^^^^^^^^^^^^^^^
 
-A trained span starts where generation would start (behind the rendering of everything before the turn, with generation
-prompt) and ends with the first end-of-turn token. The ids are those of one tokenisation of the full text. Checked for
-each row, and not taken from marks in the template or from searching for strings:
+`boundaries` says where an answer begins and ends, and `conservation` that nothing of the row is missing. The ids are
+those of one tokenisation of the full text. Checked for each row, and not taken from marks in the template:
 
-  * the head is a prefix of the rendering (else the turn becomes a sample of its own, or the row is refused);
-  * the turn stands in the whole conversation as it stands when it is the last (templates that delete earlier
-    `<think>` break this: one sample for each trained turn);
-  * an end-of-turn token stands behind the content, inside the turn's own part of the text;
+  * each turn, its end included, stands in the whole conversation as it stands when it is the last (templates that
+    delete earlier `<think>` break this: one sample for each trained turn);
+  * the token behind the answer is one that generation stops on;
   * a token that crosses the start is trained, and the sample is flagged "straddle"; where the head alone would be
     tokenised otherwise than it is in the sample, the sample is flagged "prompt_differs".
 """
@@ -19,12 +17,14 @@ each row, and not taken from marks in the template or from searching for strings
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from sftjax.data import boundaries, conservation, thoughts
+from sftjax.data.boundaries import Ending, Finder, Turn
 from sftjax.data.places import Encoded
 from sftjax.data.rendering import Renderer
 from sftjax.data.sandbox import TemplateError, TemplateLimit
@@ -36,10 +36,11 @@ MAX_PREFIX_RENDERINGS = 2_000  # messages of a conversation, for templates that 
 
 
 class Span(NamedTuple):
-    """Where a trained turn stands: characters [start, limit) hold it, its end-of-turn token, and what follows that."""
+    """Where a trained turn stands: its characters begin at `start`, and its last token, which stops, at `stop`."""
 
     start: int
-    limit: int
+    stop: int
+    end: int
     weight: float
 
 
@@ -47,7 +48,8 @@ class Span(NamedTuple):
 class Rendered:
     """Text of one sample with its trained spans; `hidden` is `text` with the data's control tokens hidden.
 
-    A completion behind a plain prompt (no template) has no spans, and the length of its prompt.
+    A completion behind a plain prompt (no template) has no spans, and the length of its prompt. `lost` are lines for
+    a person on parts of the row that the text lacks.
     """
 
     text: str
@@ -55,6 +57,23 @@ class Rendered:
     spans: tuple[Span, ...]
     flags: tuple[str, ...] = ()
     prompt_length: int | None = None
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a run wants of rendering.
+
+    Attributes:
+      on_mask_error: what becomes of a conversation whose history the template rewrites: "unroll" (one sample for each
+        trained turn), "drop" (RowError) or "raise" (DataError).
+      allow_lost: parts of trained answers (`conservation.PARTS`) that a template may leave out.
+      close_thoughts: whether a thought that the generation prompt opens, and the message lacks, is closed at once.
+    """
+
+    on_mask_error: str = "unroll"
+    allow_lost: Collection[str] = field(default=())
+    close_thoughts: bool = False
 
 
 def render(
@@ -64,7 +83,7 @@ def render(
     *,
     tools: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
-    on_mask_error: str = "unroll",
+    policy: Policy = Policy(),
 ) -> list[Rendered]:
     """Renders a conversation into the texts to train on.
 
@@ -73,114 +92,188 @@ def render(
       weights: one number for each message; 0 = not trained.
       tools: JSON schemas, or None.
       kwargs: further variables for the template.
-      on_mask_error: what becomes of a conversation whose history the template rewrites: "unroll" (one sample for each
-        trained turn), "drop" (RowError) or "raise" (DataError).
+      policy: see there.
+
+    Raises:
+      RowError: the conversation can't be used.
     """
     tokenizer.require_template()
-    renderer = tokenizer.tools_renderer if tools else tokenizer.renderer
-    hidden, touched = _hide(tokenizer, messages)
-    hidden_tools, touched_tools = _map_strings(tools, tokenizer.hide_control_tokens) if tools else (tools, False)
-    touched |= touched_tools
     try:
-        samples = _spans(renderer, hidden, weights, hidden_tools, kwargs, on_mask_error)
-        if touched:
-            samples = [_unhide(tokenizer, renderer, sample, messages, tools, kwargs) for sample in samples]
+        return _Conversation(tokenizer, messages, weights, tools, kwargs, policy).samples()
     except TemplateLimit as error:
         raise RowError("template_limit", str(error)) from None
     except TemplateError as error:
         raise RowError("template_refused", f"the chat template refuses the conversation: {error}") from None
-    return [_flag_rewritten(sample.rendered, messages, sample.turns) for sample in samples]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A rendering of the first `length` messages with the turns trained in it."""
+    """A sample of the first `length` messages: its text, control tokens hidden, and the turns trained in it."""
 
-    rendered: Rendered
+    text: str
+    turns: tuple[Turn, ...]
     length: int
-    turns: tuple[int, ...]
+    flags: tuple[str, ...] = ()
 
 
-def _spans(renderer: Renderer, messages, weights, tools, kwargs, on_mask_error) -> list[_Part]:
-    turns = tuple(k for k, weight in enumerate(weights) if weight)
-    parts = _spans_by_pieces(renderer, messages, weights, turns, tools, kwargs)
-    if parts is not None:
-        return parts
-    if len(messages) > MAX_PREFIX_RENDERINGS:
-        raise RowError(
-            "too_many_turns", f"{len(messages):,} messages; this template can take {MAX_PREFIX_RENDERINGS:,} at most"
+class _Conversation:
+    """A conversation on its way to samples."""
+
+    def __init__(self, tokenizer: Tokenizer, messages, weights, tools, kwargs, policy: Policy):
+        self.tokenizer, self.weights, self.policy = tokenizer, weights, policy
+        self.renderer: Renderer = tokenizer.tools_renderer if tools else tokenizer.renderer
+        self.ending: Ending = tokenizer.tools_ending if tools else tokenizer.ending
+        self.messages, self.tools, self.kwargs = messages, tools, kwargs
+        self.hidden, touched = _hide(tokenizer, messages)
+        self.hidden_tools, self.hidden_kwargs, also = tools, kwargs, False
+        if tools or kwargs:
+            self.hidden_tools, also = _map_strings(tools, tokenizer.hide_control_tokens)
+            self.hidden_kwargs, more = _map_strings(kwargs, tokenizer.hide_control_tokens)
+            also |= more
+        self.touched = touched or also
+
+    def samples(self) -> list[Rendered]:
+        turns = tuple(k for k, weight in enumerate(self.weights) if weight)
+        parts = self._by_pieces(turns) or self._by_prefixes(turns)
+        return [self._rendered(part) for part in parts]
+
+    # --- from one rendering ---
+
+    def _by_pieces(self, turns: Sequence[int]) -> list[_Part] | None:
+        """The same as by prefixes, from one rendering, for templates that provably only append. None: not sure."""
+        if not self.renderer.append_only or not turns or turns[0] == 0:
+            return None
+        pieces = self.renderer.pieces(self.hidden, tools=self.hidden_tools, kwargs=self.hidden_kwargs)
+        if pieces is None:
+            return None
+        text, prompt, ends, found = pieces.text, pieces.prompt, pieces.ends, []
+        for k in turns:
+            i = k - pieces.first
+            if i < 0:
+                return None
+            head = pieces.begin if i == 0 else ends[i - 1]
+            begin, end = head + len(prompt), ends[i]
+            if begin > end or not text.startswith(prompt, head):
+                return None  # the other way finds what stands for it, or words the reason
+            stop = self.ending.find(text, begin, end)
+            if stop is None or not _has_its_thought(text, begin, stop[1], self.hidden[k]):
+                return None
+            found.append(Turn(k, text, begin, *stop, False))
+        if self.touched and self.tokenizer.unhide_control_tokens(text) != self.renderer.render(
+            self.messages, tools=self.tools, kwargs=self.kwargs
+        ):
+            raise _acted_upon()
+        return [_Part(text, tuple(found), len(self.messages))]
+
+    # --- from the rendering of every prefix ---
+
+    def _by_prefixes(self, turns: Sequence[int]) -> list[_Part]:
+        count = len(self.messages)
+        if count > MAX_PREFIX_RENDERINGS:
+            raise RowError(
+                "too_many_turns", f"{count:,} messages; this template can take {MAX_PREFIX_RENDERINGS:,} at most"
+            )
+        finder = self._finder(self.hidden, self.hidden_tools, check=self.touched)
+        finder.render(count)  # first: if the template refuses the whole, that is the reason
+        found = tuple(finder.turn(k) for k in turns)
+        whole = found[-1].text if found and found[-1].number == count - 1 else finder.render(count)
+        alike = len(found) == 1 or not any(turn.built for turn in found)
+        if alike and all(whole.startswith(turn.text[: turn.end]) for turn in found):
+            return [_Part(whole, found, count, found[0].flags if len(found) == 1 else ())]
+        if len(found) > 1 and self.policy.on_mask_error != "unroll":
+            detail = (
+                "the chat template rewrites earlier turns, so one rendering can't hold them all as generation saw them"
+            )
+            if self.policy.on_mask_error == "raise":
+                raise DataError(f"{detail}; set data.on_mask_error to 'unroll' for one sample a turn")
+            raise RowError("history_rewritten", detail)
+        return [_Part(turn.text, (turn,), turn.number + 1, ("unrolled", *turn.flags)) for turn in found]
+
+    def _finder(self, messages, tools, *, check: bool = False) -> Finder:
+        """Finds turns of these messages. With `check`, each rendering is compared with that of the data's own text."""
+
+        kept: dict[tuple, str] = {}
+
+        def render(length: int, *, generation: bool = False, variables=None, answer_only: bool = False) -> str:
+            key = (length, generation, answer_only, *(variables or {}).items())
+            if key not in kept:
+                kept[key] = render_anew(length, generation, variables, answer_only)
+            return kept[key]
+
+        def render_anew(length: int, generation: bool, variables, answer_only: bool) -> str:
+            text = self._render(messages[:length], tools, self.hidden_kwargs, generation, variables, answer_only)
+            if check:
+                own = self._render(self.messages[:length], self.tools, self.kwargs, generation, variables, answer_only)
+                if self.tokenizer.unhide_control_tokens(text) != own:
+                    raise _acted_upon()
+            return text
+
+        return Finder(
+            render,
+            messages,
+            self.ending,
+            switches=[name for name in self.renderer.switches if name not in (self.kwargs or ())],
+            close_thoughts=self.policy.close_thoughts,
         )
 
-    def text_of(length: int, generation: bool = False) -> str:
-        return renderer.render(messages[:length], tools=tools, generation=generation, kwargs=kwargs)
+    def _render(self, messages, tools, kwargs, generation, variables, answer_only) -> str:
+        if answer_only:
+            messages = [*messages[:-1], thoughts.without(messages[-1])]
+        return self.renderer.render(
+            messages, tools=tools, generation=generation, kwargs={**(kwargs or {}), **(variables or {})}
+        )
 
-    full = text_of(len(messages))
-    spans, alone, stable = [], [], True
-    for k in turns:
-        head = _head(text_of, k)
-        upto = full if k + 1 == len(messages) else text_of(k + 1)
-        if not upto.startswith(head):
-            raise RowError(
-                "prompt_not_prefix",
-                f"message {k}: the template's prompt for generation is not how it writes the answer later "
-                f"(prompt ends {head[-40:]!r}); use another model.chat_template",
-            )
-        span = Span(len(head), len(upto), weights[k])
-        spans.append(span)
-        alone.append((upto, span, k))
-        # The newline that some templates put behind the end of turn may differ; the turn itself must not.
-        stable = stable and full.startswith(upto.rstrip())
-    if stable:
-        return [_Part(Rendered(full, full, tuple(spans)), len(messages), turns)]
-    if on_mask_error != "unroll":
-        detail = "the chat template rewrites earlier turns, so one rendering can't hold them all as generation saw them"
-        if on_mask_error == "raise":
-            raise DataError(f"{detail}; set data.on_mask_error to 'unroll' for one sample a turn")
-        raise RowError("history_rewritten", detail)
-    return [_Part(Rendered(upto, upto, (span,), ("unrolled",)), k + 1, (k,)) for upto, span, k in alone]
+    # --- to samples ---
 
+    def _rendered(self, part: _Part) -> Rendered:
+        lost = self._lost(part)
+        spans = tuple(Span(turn.begin, turn.stop, turn.end, self.weights[turn.number]) for turn in part.turns)
+        flags = part.flags
+        text = part.text
+        if self.touched and (text := self.tokenizer.unhide_control_tokens(part.text)) != part.text:
+            flags = (*flags, "control_text")
+        flags += tuple(dict.fromkeys(one.flag for one in lost))
+        return Rendered(text, part.text, spans, flags, lost=tuple(f"{one.flag}: {one.detail}" for one in lost))
 
-def _spans_by_pieces(renderer, messages, weights, turns, tools, kwargs) -> list[_Part] | None:
-    """The same in one rendering, for templates that provably only append."""
-    if not renderer.append_only or (turns and turns[0] == 0):
-        return None
-    pieces = renderer.pieces(messages, tools=tools, kwargs=kwargs)
-    if pieces is None:
-        return None
-    prompt = renderer.generation_prompt(kwargs)
-    spans = []
-    for k in turns:
-        i = k - pieces.first
-        begin = pieces.begin if i == 0 else pieces.ends[i - 1]
-        if i < 0 or not pieces.text.startswith(prompt, begin) or begin + len(prompt) > pieces.ends[i]:
-            return None  # the other way words the reason
-        spans.append(Span(begin + len(prompt), pieces.ends[i], weights[k]))
-    return [_Part(Rendered(pieces.text, pieces.text, tuple(spans)), len(messages), turns)]
+    def _lost(self, part: _Part) -> list[conservation.Lost]:
+        def rerender(messages, tools) -> str:
+            if any(turn.built for turn in part.turns):
+                return self._finder(messages, tools).turn(part.turns[0].number).text
+            return self.renderer.render(messages, tools=tools, kwargs=self.hidden_kwargs)
+
+        return conservation.check(
+            part.text,
+            {turn.number: conservation.Stretch(turn.begin, turn.end) for turn in part.turns},
+            self.hidden[: part.length],
+            self.hidden_tools,
+            literals=self.renderer.literals,
+            rerender=rerender,
+            allow=self.policy.allow_lost,
+        )
 
 
-def _head(text_of, k: int) -> str:
-    if k > 0:
-        return text_of(k, generation=True)
-    try:
-        return text_of(0, generation=True)
-    except TemplateError as error:
-        raise RowError(
-            "assistant_first", f"the conversation starts with the assistant, which the template can't prompt ({error})"
-        ) from None
+def _has_its_thought(text: str, begin: int, end: int, message) -> bool:
+    thought = thoughts.split(message)[0] if thoughts.may_have(message) else ""
+    return not thought or boundaries.holds(text, thought, begin, end)
+
+
+def _acted_upon() -> RowError:
+    return RowError("control_text", "the text spells a control token in a place where the chat template acts on it")
 
 
 # --- control tokens in data --------------------------------------------------------------------------------------
 
 
 def _map_strings(value, function) -> tuple[Any, bool]:
-    """`value` with `function` on every string in it, and whether that changed any. Keys stay."""
+    """`value` with `function` on every string in it, keys too, and whether that changed any."""
     if isinstance(value, str):
         new = function(value)
         return new, new is not value and new != value
     if isinstance(value, Mapping):
-        items = {key: _map_strings(item, function) for key, item in value.items()}
-        changed = any(flag for _, flag in items.values())
-        return ({key: item for key, (item, _) in items.items()} if changed else value), changed
+        keys = [_map_strings(key, function) for key in value]
+        items = [_map_strings(item, function) for item in value.values()]
+        changed = any(flag for _, flag in (*keys, *items))
+        return ({key: item for (key, _), (item, _) in zip(keys, items, strict=True)} if changed else value), changed
     if isinstance(value, (list, tuple)):
         results = [_map_strings(item, function) for item in value]
         changed = any(flag for _, flag in results)
@@ -197,27 +290,6 @@ def _hide(tokenizer: Tokenizer, messages) -> tuple[list, bool]:
         answer = message["role"] == "assistant"
         results.append(_map_strings(message, lambda text, a=answer: tokenizer.hide_control_tokens(text, answer=a)))
     return [message for message, _ in results], any(flag for _, flag in results)
-
-
-def _unhide(tokenizer: Tokenizer, renderer, part: _Part, messages, tools, kwargs) -> _Part:
-    """Puts the data's own text back, and checks that hiding it changed nothing else."""
-    text = tokenizer.unhide_control_tokens(part.rendered.hidden)
-    if text == part.rendered.hidden:
-        return part
-    if text != renderer.render(messages[: part.length], tools=tools, kwargs=kwargs):
-        raise RowError("control_text", "the text spells a control token in a place where the chat template acts on it")
-    return replace(part, rendered=replace(part.rendered, text=text, flags=(*part.rendered.flags, "control_text")))
-
-
-def _flag_rewritten(rendered: Rendered, messages, turns: Sequence[int]) -> Rendered:
-    """Flags a sample in which the template left out part of a trained answer (some delete its `<think>` part)."""
-    for span, k in zip(rendered.spans, turns, strict=True):
-        content = messages[k].get("content")
-        if isinstance(content, str) and rendered.text.find(content.strip(), span.start, span.limit) < 0:
-            written = "".join(rendered.text[span.start : span.limit].split())
-            if "".join(content.split()) not in written:
-                return replace(rendered, flags=(*rendered.flags, "content_rewritten"))
-    return rendered
 
 
 # --- from characters to tokens -----------------------------------------------------------------------------------
@@ -240,20 +312,20 @@ def mask(tokenizer: Tokenizer, rendered: Rendered, encoded: Encoded) -> Masked:
     work into independent stretches, so the prompt alone is tokenised alike if this stretch alone is.
     """
     weights = np.zeros(len(encoded.ids), np.float32)
-    stops = np.flatnonzero(tokenizer.is_turn_end[encoded.ids])
     controls = np.flatnonzero(tokenizer.is_control[encoded.ids])
     firsts = first_tokens(encoded, [span.start for span in rendered.spans])
     begins = encoded.starts[firsts[firsts < len(encoded.ids)]].tolist()  # behind the last token: an error below
-    stop_ends, control_starts = encoded.ends[stops].tolist(), encoded.starts[controls].tolist()
-    firsts, stops, controls = firsts.tolist(), stops.tolist(), controls.tolist()
+    lasts = np.searchsorted(encoded.ends, np.array([span.stop for span in rendered.spans], np.int32), side="right")
+    control_starts = encoded.starts[controls].tolist()
+    firsts, lasts, controls = firsts.tolist(), lasts.tolist(), controls.tolist()
     straddle, heads = False, []
-    for i, (span, first) in enumerate(zip(rendered.spans, firsts, strict=True)):
-        end, last = bisect_left(stops, first), bisect_left(controls, first) - 1
-        if end == len(stops) or stop_ends[end] > span.limit:
-            around = rendered.text[max(span.limit - 40, span.start) : span.limit]
-            raise RowError("no_end_of_turn", f"no end-of-turn token behind an answer (its text ends {around!r})")
-        weights[first : stops[end] + 1] = span.weight
+    for i, (span, first, end) in enumerate(zip(rendered.spans, firsts, lasts, strict=True)):
+        if end >= len(encoded.ids) or not tokenizer.is_turn_end[encoded.ids[end]] or end < first:
+            name = rendered.text[span.stop : span.end]
+            raise RowError("no_end_of_turn", f"the tokenizer doesn't read {name!r} behind an answer as one stop token")
+        weights[first : end + 1] = span.weight
         straddle |= begins[i] < span.start
+        last = bisect_left(controls, first) - 1
         begin, at = (controls[last], control_starts[last]) if last >= 0 else (0, 0)
         heads.append((begin, first, rendered.text[at : span.start], rendered.hidden[at : span.start]))
     flags = (*rendered.flags, *(("straddle",) if straddle else ()))

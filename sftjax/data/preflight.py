@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.data import formats, packing
+from sftjax.data import conservation, formats, packing
 from sftjax.data.bins import Bins
 from sftjax.data.ledger import Ledger
 from sftjax.data.mixture import ENDLESS, Ingredient, Mixture
@@ -50,6 +50,8 @@ class Preflight:
       trained_share: trained over all tokens.
       truncated, lost_tokens, lost_trained_tokens: what the over-length policy cost.
       flags: samples per flag, such as "straddle" or "prompt_differs".
+      lost: kind -> {"rows", "share", "refused", "example"}: rows of which the text lacks a part (`conservation`), how
+        many of them gave no sample for it, and what the first of them lacks.
       stop_trained: share of the conversations' samples in which a stop token is trained; None without conversations.
       double_bos: samples that begin with two BOS tokens.
       duplicates: samples whose tokens were there before, in an earlier row.
@@ -76,6 +78,7 @@ class Preflight:
     lost_tokens: int
     lost_trained_tokens: int
     flags: dict[str, int]
+    lost: dict[str, dict[str, Any]]
     stop_trained: float | None
     double_bos: int
     duplicates: int
@@ -103,13 +106,14 @@ class Preflight:
         """A short table, and the warnings below it."""
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         console = console or Console()
         table = Table(title="preflight" if self.complete else "preflight (a sample of the rows)", show_header=False)
         table.add_column(style="bold")
         table.add_column()
         for name, text in self._lines():
-            table.add_row(name, text)
+            table.add_row(name, Text(text))  # not markup: it may quote the data
         console.print(table)
         for warning in self.warnings:
             console.print(f"warning: {warning}", markup=False, highlight=False)
@@ -119,6 +123,9 @@ class Preflight:
         for reason, entry in self.dropped.items():
             rows = "; ".join(f"{name} {', '.join(map(str, rows[:5]))}" for name, rows in entry["rows"].items())
             lines.append((f"  {reason}", f"{entry['count']:,}: row {rows}"))
+        for kind, entry in self.lost.items():
+            refused = f", {entry['refused']:,} refused" if entry["refused"] else ""
+            lines.append((f"  {kind}", f"{entry['share']:.1%} of the rows{refused}: {entry['example']}"))
         lines.append(("samples", f"{self.samples:,}, {self.tokens:,} tokens, {self.trained_share:.1%} trained"))
         quantiles = ", ".join(f"{name} {value:,.0f}" for name, value in self.length.items())
         lines.append(("length", f"{quantiles}; {self.coverage:.1%} fit into {self.max_length}"))
@@ -187,6 +194,7 @@ def run(
     fill: str = "sequences",
     overlong: str = "truncate",
     max_dropped: float = 1.0,
+    max_lost: float = 1.0,
     sample_rows: int = 10_000,
     max_steps: int = 0,
 ) -> Preflight:
@@ -197,6 +205,7 @@ def run(
       tokenizer: for stop and BOS ids; None leaves these checks out.
       length .. overlong: as given to `pipeline.build`.
       max_dropped: the most rows, as a share, that may give no sample.
+      max_lost: the most rows, as a share, whose text may lack a part of the prompt (of one kind).
       sample_rows: rows read at most; above, the report is of a sample.
       max_steps: steps of the run; 0 = as many as the mixture's epochs make.
 
@@ -213,7 +222,7 @@ def run(
         fill=fill,
     )
     bins = packing.open_bins(packing_strategy, shape, packing_bins or packing.default_bins(length))
-    survey = Survey(mixture, tokenizer, length, overlong, max_dropped)
+    survey = Survey(mixture, tokenizer, length, overlong, max_dropped, max_lost)
     survey.geometry = Geometry(shape, bins, accumulation)
     survey.read(survey.choose_places(sample_rows))
     return survey.report(steps=max_steps or None)
@@ -239,8 +248,18 @@ class Survey:
 
     geometry: Geometry
 
-    def __init__(self, mixture: Mixture, tokenizer: Any, length: int, overlong: str, max_dropped: float):
-        self.mixture, self.length, self.overlong, self.max_dropped = mixture, length, overlong, max_dropped
+    def __init__(
+        self,
+        mixture: Mixture,
+        tokenizer: Any,
+        length: int,
+        overlong: str,
+        max_dropped: float = 1.0,
+        max_lost: float = 1.0,
+    ):
+        self.mixture, self.length, self.overlong = mixture, length, overlong
+        self.max_dropped, self.max_lost = max_dropped, max_lost
+        self.lost: dict[str, dict[str, Any]] = {}  # as `Preflight.lost`, without the shares
         self.stop_ids = np.array(sorted(getattr(tokenizer, "stop_ids", ())), np.int32)
         self.bos_id = getattr(tokenizer, "bos_id", None)
         self.ledger = Ledger(mixture.names)
@@ -286,6 +305,7 @@ class Survey:
 
     def _add(self, row: EncodedRow) -> None:
         pieces = account(self.ledger, row, self.length, self.overlong, self.mixture.location)
+        self._add_lost(row)
         if len(self.order) < len(self.sampled):
             self.order.append((row.source, row.row))
             self.pieces[row.source, row.row] = [len(piece.tokens) for piece in pieces]
@@ -297,6 +317,21 @@ class Survey:
             self.stops[row.source] += bool(np.isin(sample.tokens[is_trained], self.stop_ids).any())
             begins_twice = len(sample.tokens) > 1 and sample.tokens[0] == sample.tokens[1] == self.bos_id
             self.double_bos += self.bos_id is not None and bool(begins_twice)
+
+    def _add_lost(self, row: EncodedRow) -> None:
+        """Counts a row once for each kind of part that it lacks."""
+        kinds: dict[str, str] = {}
+        if row.error is not None and row.error[0].startswith("lost_"):
+            kinds[row.error[0]] = row.error[1]
+        for sample in row.samples:
+            for flag in sample.flags if sample.lost else ():
+                if flag.startswith("lost_"):
+                    kinds.setdefault(flag, next(n for n in sample.lost if n.startswith(flag)).partition(": ")[2])
+        for kind, detail in kinds.items():
+            example = f"{self.mixture.location(row.source, row.row)}: {detail}"
+            entry = self.lost.setdefault(kind, {"rows": 0, "refused": 0, "example": example})
+            entry["rows"] += 1
+            entry["refused"] += row.error is not None
 
     def report(self, steps: int | None) -> Preflight:
         """Sums up. `steps`: of the run, where they are settled already."""
@@ -322,6 +357,7 @@ class Survey:
             lost_tokens=ledger.total("lost_tokens"),
             lost_trained_tokens=ledger.total("lost_trained"),
             flags=ledger.flags(),
+            lost={k: {"share": e["rows"] / max(1, ledger.total("rows")), **e} for k, e in sorted(self.lost.items())},
             stop_trained=stopped / in_chat if in_chat and len(self.stop_ids) else None,
             double_bos=self.double_bos,
             duplicates=len(self.digests) - len(np.unique(np.array(self.digests, np.int64))),
@@ -392,6 +428,7 @@ def _problems(report: Preflight, survey: Survey) -> list[str]:
             f"{survey.max_dropped:g} that data.max_dropped_fraction allows: {explain_drops(survey.ledger)}; "
             "mend the rows, or raise the limit"
         )
+    problems += _losses(report, survey)
     for name, counts in report.per_source.items():
         if not counts["conversations"] or counts["samples"] == 0:
             continue
@@ -407,6 +444,27 @@ def _problems(report: Preflight, survey: Survey) -> list[str]:
                 "an assistant turn in the chat template"
             )
     return problems
+
+
+def _losses(report: Preflight, survey: Survey) -> list[str]:
+    """Parts of prompts that too many rows lack, unless the user allowed that by name."""
+    policies = [getattr(ingredient.encode, "policy", None) for ingredient in survey.mixture.ingredients]
+    allowed = {part for policy in policies if policy is not None for part in policy.allow_lost}
+    problems = []
+    for part in conservation.COUNTED:
+        entry = report.lost.get(f"lost_{part}")
+        kept = entry["rows"] - entry["refused"] if entry else 0
+        if part not in allowed and kept > survey.max_lost * report.rows_read:
+            problems.append(
+                f"lost_{part}: the text of {kept} of {report.rows_read} rows lacks a part of the prompt, more than the "
+                f"share of {survey.max_lost:g} that data.max_lost_fraction allows ({entry['example']}): use another "
+                f"model.chat_template{_remedies(part)}, or set data.allow_lost=('{part}',) to train without"
+            )
+    return problems
+
+
+def _remedies(part: str) -> str:
+    return ", or data.fold_system=True" if part == "system" else ""
 
 
 def _warnings(report: Preflight) -> list[str]:

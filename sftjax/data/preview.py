@@ -51,7 +51,8 @@ def rows(source, encoder: RowEncoder, limit: int | None = None) -> Iterator[Row]
 
 
 def json_lines(tokenizer: Tokenizer, row: Row) -> Iterator[bytes]:
-    """One line for each sample: index, sample, tokens, weights, text; or one with index and error."""
+    """One line for each sample: index, sample, tokens, weights, text, and `lost` where parts of the row are; or one
+    with index and error."""
     if row.error is not None:
         yield orjson.dumps({"index": row.index, "error": str(row.error)}) + b"\n"
     for sample in row.samples:
@@ -63,6 +64,7 @@ def json_lines(tokenizer: Tokenizer, row: Row) -> Iterator[bytes]:
                     "tokens": sample.tokens.tolist(),
                     "weights": sample.weights.tolist(),
                     "text": tokenizer.decode(sample.tokens),
+                    **({"lost": sample.lost} if sample.lost else {}),
                 }
             )
             + b"\n"
@@ -91,6 +93,8 @@ def show(console, tokenizer: Tokenizer, row: Row) -> None:
     for sample in row.samples:
         head = Text(_summary(row, sample), style="bold")
         console.print(head)
+        for note in sample.lost:
+            console.print(Text(f"  {visible(note)}", style="yellow"))
         text = Text()
         for part, weight in runs(tokenizer, sample):
             style = "dim" if not weight else "green" if weight == 1 else "yellow"

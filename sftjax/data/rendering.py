@@ -6,13 +6,15 @@ looks ahead, rendering only ever *appends*, so one rendering with marks between 
 
     {{ bos }} | <user>Hi | <assistant>Hello | ...     prefix 1 = bos + piece 0;  prefix 2 = prefix 1 + piece 1; ...
 
+What stands behind the loop (a generation prompt, or an end mark where none is asked for) depends on nothing but that.
+
 `append_only_loop` is that proof; it is conservative, and a template it can't prove is rendered prefix by prefix.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +23,10 @@ from jinja2 import nodes
 
 from sftjax.data import sandbox
 from sftjax.data.sandbox import MAX_TEMPLATE_CHARS, TemplateError, TemplateLimit
+from sftjax.data.thoughts import SWITCHES
 
 MARK = "\U0010fffd"  # stands between two messages in a rendering by pieces; a row that contains it takes the other way
+_MAX_PROMPTS = 256  # generation prompts kept, one for each set of variables that rows bring along
 
 
 # --- the proof ---------------------------------------------------------------------------------------------------
@@ -55,11 +59,27 @@ def append_only_loop(tree: nodes.Template) -> nodes.For | None:
     if not all(_blind(node, lists, loop="outer") for node in loop.body):
         return None
     assigned = {node.name for node in tree.find_all(nodes.Name) if node.ctx in ("store", "param")} | lists | {"tools"}
+    assigned -= _settled(before, [loop, *behind], assigned)
     for node in behind:
         names = {name.name for name in node.find_all(nodes.Name)}
         if names & assigned or any(True for _ in node.find_all(nodes.For)):
             return None
     return loop
+
+
+def _settled(before: Sequence[nodes.Node], later: Sequence[nodes.Node], assigned: set[str]) -> set[str]:
+    """Names given their value in front of the loop only, from what no message decides: settings with a default."""
+    again = {name.name for node in later for name in node.find_all(nodes.Name) if name.ctx != "load"}
+    again |= {ref.name for node in [*before, *later] for ref in node.find_all(nodes.NSRef)}
+    settled: set[str] = set()
+    for node in before:
+        names = list(node.find_all(nodes.Name))
+        stored = {name.name for name in names if name.ctx != "load"}
+        if isinstance(node, nodes.Assign | nodes.If) and not {name.name for name in names} & (assigned - stored):
+            settled |= stored
+        else:
+            again |= stored
+    return settled - again
 
 
 def _loops_over(node: nodes.Node, lists: set[str], grow: Sequence[nodes.Node]) -> bool:
@@ -119,23 +139,33 @@ class Pieces:
     """One rendering with the places between messages.
 
     `text` is the whole; `ends[i]` is where message i's part ends; `first` is the number of messages in front that have
-    no part of their own (a system message the template reads as `messages[0]` and then skips).
+    no part of their own (a system message the template reads as `messages[0]` and then skips). The rendering of the
+    first messages up to one that ends at e is `text[:e] + tail`, and with generation prompt `text[:e] + prompt`.
     """
 
     text: str
     begin: int
     ends: tuple[int, ...]
     first: int
+    tail: str
+    prompt: str
 
 
 class Renderer:
-    """One compiled template. Picklable: it is compiled again on arrival."""
+    """One compiled template. Picklable: it is compiled again on arrival.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, Any]):
+    Attributes:
+      source, special_tokens: its text, and the tokens that it knows by name.
+      switches: variables that turn thoughts on and off, where the template reads them and nobody has set them.
+      literals: all text that it can write by itself.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, Any], fixed: Collection[str] = ()):
         if len(source) > MAX_TEMPLATE_CHARS:
             raise TemplateLimit(f"the template has {len(source):,} characters (limit {MAX_TEMPLATE_CHARS:,})")
         self.source = source
         self.special_tokens = dict(special_tokens)
+        self.fixed = tuple(fixed)
         self._compile()
 
     def _compile(self) -> None:
@@ -143,6 +173,9 @@ class Renderer:
         environment = sandbox.make_environment()
         try:
             tree = environment.parse(self.source)
+            read = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
+            self.switches = tuple(name for name in SWITCHES if name in read and name not in self.fixed)
+            self.literals = literals(tree)
             self._template = sandbox.compile_tree(environment, tree)
             tree = environment.parse(self.source)
             loop = append_only_loop(tree)
@@ -161,7 +194,7 @@ class Renderer:
             raise TemplateLimit(f"the template can't be compiled: {type(error).__name__}") from None
 
     def __getstate__(self):
-        return {"source": self.source, "special_tokens": self.special_tokens}
+        return {"source": self.source, "special_tokens": self.special_tokens, "fixed": self.fixed}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -179,32 +212,47 @@ class Renderer:
         """The same text (no generation prompt) with the places between messages; None where that isn't proved."""
         if self._marked is None:
             return None
-        marked = self._run(self._marked, messages, tools, False, kwargs)
-        parts = marked.split(MARK)
+        if _holds_mark(messages) or _holds_mark(tools) or _holds_mark(kwargs):
+            return None
+        parts = self._run(self._marked, messages, tools, False, kwargs).split(MARK)
         first = len(messages) - (len(parts) - 2)
-        if not 0 <= first <= 1 or len(parts) < 3:  # the data has the mark in it, or the loop saw another list
+        if not 0 <= first <= 1 or len(parts) < 3:  # the loop saw another list
             return None
         ends, end = [], len(parts[0])
         for part in parts[1:-1]:
             end += len(part)
             ends.append(end)
-        return Pieces("".join(parts), len(parts[0]), tuple(ends), first)
+        prompt = self._prompt(messages, tools, kwargs)
+        return Pieces("".join(parts), len(parts[0]), tuple(ends), first, parts[-1], prompt)
 
-    def generation_prompt(self, kwargs: Mapping[str, Any] | None = None) -> str:
-        """What the generation prompt adds behind any conversation (for templates with `append_only`)."""
-        key = json.dumps(kwargs or {}, sort_keys=True, default=str)
+    def _prompt(self, messages, tools, kwargs) -> str:
+        """What stands behind the loop when a generation prompt is asked for: the same behind any conversation."""
+        key = json.dumps(kwargs, sort_keys=True, default=str) if kwargs else ""
         if key not in self._prompts:
-            probe = [{"role": "user", "content": "Hello"}]
-            plain, prompted = (self.render(probe, generation=flag, kwargs=kwargs) for flag in (False, True))
-            if not prompted.startswith(plain):  # something stands behind the loop when none is asked for
-                raise TemplateError("the template writes less with a generation prompt than without")
-            self._prompts[key] = prompted[len(plain) :]
+            if len(self._prompts) >= _MAX_PROMPTS:
+                self._prompts.clear()
+            self._prompts[key] = self._run(self._marked, messages, tools, True, kwargs).rpartition(MARK)[2]
         return self._prompts[key]
 
     def _run(self, template, messages, tools, generation, kwargs) -> str:
-        variables = {**self.special_tokens, **(kwargs or {})}
-        variables.update(messages=messages, tools=tools, documents=None, add_generation_prompt=generation)
+        variables = {"documents": None, **self.special_tokens, **(kwargs or {})}
+        variables.update(messages=messages, tools=tools, add_generation_prompt=generation)
         return sandbox.run(template, variables)
+
+
+def literals(tree: nodes.Template) -> str:
+    """All text that a template can write by itself (its raw text and string constants), joined by NUL."""
+    parts = [node.data for node in tree.find_all(nodes.TemplateData)]
+    parts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return "\0".join(parts)
+
+
+def _holds_mark(value) -> bool:
+    if isinstance(value, str):
+        return MARK in value
+    if isinstance(value, Mapping):
+        return any(_holds_mark(key) or _holds_mark(item) for key, item in value.items())
+    return isinstance(value, list | tuple) and any(map(_holds_mark, value))
 
 
 def around_the_answer(renderer: Renderer) -> tuple[str, str]:

@@ -18,15 +18,15 @@ All are loops that never look ahead, so that `rendering.append_only_loop` proves
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import jinja2
+from typing import Any
 
 from sftjax.data.sandbox import MAX_TEMPLATE_CHARS
 from sftjax.errors import ConfigError
+
+RESERVED = ("messages", "tools", "add_generation_prompt")  # variables that rendering itself gives a template
 
 _UNKNOWN = "{{- raise_exception('this template has no role ' + message['role']) -}}"
 _NO_TOOLS = (
@@ -44,6 +44,7 @@ class Template:
       tools_text: another text for conversations with tools (some tokenizers carry two); None: `text` serves.
       end_of_turn: the token behind an answer, where known by name; None: found by rendering a probe.
       tokens: control tokens that the template needs; those the tokenizer lacks are added to it.
+      kwargs: values for its variables, where whoever renders it gives none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Template:
     tools_text: str | None = None
     end_of_turn: str | None = None
     tokens: tuple[str, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _loop(body: str, generation: str, before: str = "") -> str:
@@ -212,11 +214,32 @@ def with_end_of_turn(text: str, old: str, new: str) -> str:
     return "{%- set eos_token = " + _quote(new) + " -%}" + text
 
 
-def literal_text(text: str) -> str:
-    """All text that a template can write by itself (its raw text and string constants), joined by NUL."""
-    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-        re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
-    )
-    parts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
-    parts += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
-    return "\0".join(parts)
+def with_defaults(text: str, kwargs: Mapping[str, Any]) -> str:
+    """A template's text with values for variables that whoever renders it doesn't give.
+
+    They stand in the text, and not beside it, so that they are exported with it: whatever renders the template later
+    gets the same without being told.
+    """
+    lines = []
+    for name, value in kwargs.items():
+        if not name.isidentifier() or name in RESERVED:
+            raise ConfigError(
+                f"model.template_kwargs: {name!r} can't be set: it is no variable's name, or not yours to set"
+            )
+        lines.append(f"{{%- if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n")
+    return "".join(lines) + text
+
+
+def _literal(value) -> str:
+    """A Jinja literal. Raises ConfigError."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return _quote(value)
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_quote(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    raise ConfigError(f"model.template_kwargs: {value!r} is {type(value).__name__}; give text, numbers, lists or dicts")

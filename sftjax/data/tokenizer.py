@@ -13,16 +13,19 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import Unigram
 
-from sftjax.data import places, plain, templates, tokenizer_export, tokenizer_files
+from sftjax.data import boundaries, places, plain, templates, thoughts, tokenizer_export, tokenizer_files
+from sftjax.data.boundaries import Ending
 from sftjax.data.control import ControlText
 from sftjax.data.rendering import Renderer
 from sftjax.data.sandbox import TemplateError
@@ -36,6 +39,10 @@ _HTML = (
 )
 _HTML_TAG = re.compile(rf"</?(?:{'|'.join(_HTML.split())})>")  # Gemma lists these and blanks as added tokens: text
 _ANSWER_TAG = re.compile(r"</?[a-z_]+>")  # <think>, <tool_call>: added, not special; what a model writes in answers
+# Thoughts and calls, by whatever name: what a model writes itself, though some vocabularies list them as special.
+_THOUGHT_OR_CALL = re.compile(
+    r"think|thought|reason|tool[_▁ ]?calls?|function|action|arg_(key|value)|parameter|invoke|python_tag", re.IGNORECASE
+)
 
 
 class Tokenizer:
@@ -46,8 +53,10 @@ class Tokenizer:
       backend: the same without additions in front or behind (no BOS or EOS by itself).
       template: the chat template, or None.
       renderer, tools_renderer: it, compiled; the second for conversations with tools.
-      end_of_turn_id: id of the token behind an answer; None without template, or where it writes none.
-      stop_ids: what generation stops on: end of turn first, then generation_config.json's, then EOS.
+      ending, tools_ending: how it ends answers; None without template, or where nothing tells.
+      end_of_turn_id: id of the token behind a plain answer; None like `ending`.
+      stop_ids: what generation stops on: end of turn first, then generation_config.json's, then EOS, then what else the
+        template ends an answer with.
       eos_id, bos_id: None where the tokenizer has none.
       pad_id: some valid id; it need not be distinct from EOS, since padding is found by position.
       prefix_ids, suffix_ids: what the tokenizer adds around plain text by itself (a BOS, mostly).
@@ -65,6 +74,7 @@ class Tokenizer:
         added_tokens: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         came: Mapping[str, bytes] | None = None,
+        end_of_turn: str | None = None,
     ):
         self.hf = hf
         self.came = came or {}
@@ -81,18 +91,29 @@ class Tokenizer:
         self.eos_id, self.bos_id = hf.eos_token_id, hf.bos_token_id
         candidates = (hf.pad_token_id, self.eos_id, hf.unk_token_id, 0)
         self.pad_id = next(number for number in candidates if number is not None)
-        self.renderer = self.tools_renderer = None
-        self.end_of_turn_id = None
+        self.renderer = self.tools_renderer = self.ending = self.tools_ending = None
+        self.end_of_turn_id, ends = None, ()
         if template is not None:
             names = {key: str(value) for key, value in hf.special_tokens_map.items() if isinstance(value, (str,))}
+            fixed = tuple(template.kwargs)
             try:
-                self.renderer = Renderer(template.text, names)
-                self.tools_renderer = Renderer(template.tools_text, names) if template.tools_text else self.renderer
+                self.renderer = self.tools_renderer = Renderer(_text(template.text, template), names, fixed)
+                if template.tools_text:
+                    self.tools_renderer = Renderer(_text(template.tools_text, template), names, fixed)
             except TemplateError as error:
                 raise ConfigError(f"chat template {template.name}: {error}; mend it, or give another one") from None
-            self.end_of_turn_id = self._find_end_of_turn()
-        stops = [self.end_of_turn_id, *stop_ids, self.eos_id]
+            named = [*stop_ids, *((self.eos_id,) if self.eos_id is not None else ())]
+            self.ending = self.tools_ending = self._find_ending(self.renderer, named, end_of_turn)
+            if template.tools_text:
+                self.tools_ending = self._find_ending(self.tools_renderer, named, end_of_turn)
+            ends = [self._id(name) for one in (self.ending, self.tools_ending) if one for name in one.tokens]
+            self.end_of_turn_id = self._id(self.ending.mark) if self.ending else None
+        chosen = self._id(end_of_turn) if end_of_turn else None
+        stops = [self.end_of_turn_id, chosen, *stop_ids, self.eos_id, *ends]
         self.stop_ids = tuple(dict.fromkeys(number for number in stops if number is not None))
+
+    def _id(self, name: str) -> int | None:
+        return self.backend.token_to_id(name)
 
     def fit_rows(self, rows: int) -> None:
         """Says how many rows the model's embedding has, where the tokenizer has more ids (Gemma 3's image token).
@@ -119,7 +140,7 @@ class Tokenizer:
         return f"{what} has no row in the model's embedding, which has {rows}"
 
     def __getstate__(self):
-        left = ("plain_backends", "control_text", "control_tokens")  # made again on demand
+        left = ("plain_backends", "control_text", "control_tokens", "_headers")  # made again on demand
         state = {key: value for key, value in self.__dict__.items() if key not in left}
         return {**state, "hf": None, "came": {}, "_fast_parts": self._fast_parts}
 
@@ -226,11 +247,28 @@ class Tokenizer:
 
     @cached_property
     def control_text(self) -> ControlText:
-        """Hides control tokens that data spell. In answers, `<think>` and its like (added, not special) stay: they are
-        what the model writes."""
-        added = self.backend.get_added_tokens_decoder()
-        written = [n for n, i in self.control_tokens.items() if not added[i].special and _ANSWER_TAG.fullmatch(n)]
-        return ControlText(self.control_tokens, written)
+        """Hides control tokens that data spell. In answers, marks of thoughts and calls stay, which the model writes
+        itself: `<think>` and its like (added, not special), and what says so by its name; stops and headers never."""
+        added, kept = self.backend.get_added_tokens_decoder(), []
+        for name, number in self.control_tokens.items():
+            tag = not added[number].special and _ANSWER_TAG.fullmatch(name)
+            if (tag or _THOUGHT_OR_CALL.search(name)) and number not in self.stop_ids and name not in self._headers:
+                kept.append(name)
+        return ControlText(self.control_tokens, kept)
+
+    @cached_property
+    def _headers(self) -> frozenset[str]:
+        """Control tokens that the template writes around plain messages, and that are no marks of thoughts."""
+        if self.renderer is None:
+            return frozenset()
+        texts = []
+        for roles in (("user", "assistant", "user", "assistant"), ("system", "user"), ("user", "assistant", "tool")):
+            try:
+                texts.append(self.renderer.render([{"role": role, "content": "x"} for role in roles]))
+            except TemplateError:
+                continue
+        thoughts_of = {mark for pair in thoughts.MARKS for mark in pair}
+        return frozenset(name for text in texts for name, _, _ in self._controls(text)) - thoughts_of
 
     def hide_control_tokens(self, text: str, *, answer: bool = False) -> str:
         """`text` with each control token it spells in private-use characters, as many as that has."""
@@ -260,24 +298,32 @@ class Tokenizer:
 
     # --- template ------------------------------------------------------------------------------------------------
 
-    def _find_end_of_turn(self) -> int | None:
-        """Renders a short conversation and takes the first control token behind the answer."""
-        answer = "Paris"
-        messages = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": answer}]
+    def _find_ending(self, renderer: Renderer, named: Sequence[int], end_of_turn: str | None) -> Ending | None:
+        """Renders short conversations. Raises ConfigError where the template can't write them."""
         try:
-            text = self.renderer.render(messages)
+            return boundaries.probe(
+                renderer,
+                self._controls,
+                [self.backend.id_to_token(number) for number in named],
+                bos=None if self.bos_id is None else self.backend.id_to_token(self.bos_id),
+                eos=None if self.eos_id is None else self.backend.id_to_token(self.eos_id),
+                chosen=end_of_turn,
+            )
         except TemplateError as error:
             raise ConfigError(
                 f"chat template {self.template.name!r} fails on a question and an answer ({error}): "
                 "set model.chat_template to a built-in one or a file"
             ) from None
-        place = text.rfind(answer)
-        if place < 0:
-            raise ConfigError(f"chat template {self.template.name!r} doesn't write the assistant's content")
+        except ValueError as error:
+            raise ConfigError(f"chat template {self.template.name!r}: {error}") from None
+
+    def _controls(self, text: str) -> list[tuple[str, int, int]]:
+        """Control tokens in a text: name, where it begins, where it ends."""
         encoded = places.of_encoding(self.backend.encode(text, add_special_tokens=False))
-        behind = encoded.starts >= place + len(answer)
-        found = np.flatnonzero(behind & self.is_control[encoded.ids])
-        return int(encoded.ids[found[0]]) if len(found) else None
+        return [
+            (self.backend.id_to_token(int(encoded.ids[i])), int(encoded.starts[i]), int(encoded.ends[i]))
+            for i in np.flatnonzero(self.is_control[encoded.ids])
+        ]
 
     def require_template(self) -> Renderer:
         """The compiled template. Raises ConfigError where there is none, or no token ends its turns."""
@@ -286,10 +332,11 @@ class Tokenizer:
                 "the tokenizer has no chat template, and the data are conversations: set model.chat_template to "
                 f"one of {', '.join(templates.BUILTIN)}, or to a file with Jinja text"
             )
-        if self.end_of_turn_id is None:
+        if self.ending is None or self.tools_ending is None:
+            name = self.hf.eos_token if self.hf is not None and self.eos_id is not None else "a token"
             raise ConfigError(
                 f"chat template {self.template.name!r} ends an answer with no control token, so that generation would "
-                "never learn to stop: set model.end_of_turn to a token, or choose another model.chat_template"
+                f"never learn to stop: set model.end_of_turn ({name!r}, for one) to have it put behind each answer"
             )
         return self.renderer
 
@@ -299,7 +346,8 @@ class Tokenizer:
         """Hex digest of everything that decides ids: tokenizer, template text, stop tokens, added tokens."""
         text = [self.backend.to_str(), json.dumps([self.prefix_ids, self.suffix_ids, self.stop_ids, self.added_tokens])]
         if self.template is not None:
-            text += [self.template.text, self.template.tools_text or "", json.dumps(self.renderer.special_tokens)]
+            text += [self.renderer.source, self.tools_renderer.source, json.dumps(self.renderer.special_tokens)]
+            text += [repr(self.ending), repr(self.tools_ending)]
         return hashlib.sha256("\0".join(text).encode()).hexdigest()
 
     def files(self) -> dict[str, bytes]:
@@ -312,7 +360,13 @@ class Tokenizer:
         return {key: value for key, value in fields.items() if value not in (None, [])}
 
 
-def load(path: str | Path, *, chat_template: str | None = None, end_of_turn: str | None = None) -> Tokenizer:
+def load(
+    path: str | Path,
+    *,
+    chat_template: str | None = None,
+    end_of_turn: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Tokenizer:
     """Loads the tokenizer of an HF folder, or of one with only a SentencePiece `tokenizer.model`.
 
     Args:
@@ -321,6 +375,8 @@ def load(path: str | Path, *, chat_template: str | None = None, end_of_turn: str
         folder's own. Control tokens that a built-in template needs and the tokenizer lacks are added as special
         tokens, and named in `added_tokens`.
       end_of_turn: token that ends an assistant turn, in place of the template's own.
+      template_kwargs: values for variables of the template, such as {"enable_thinking": False}, unless a row has its
+        own; they are saved with it.
 
     Raises:
       ConfigError: no folder, no or damaged tokenizer files, unknown template.
@@ -333,24 +389,30 @@ def load(path: str | Path, *, chat_template: str | None = None, end_of_turn: str
         added = _add_tokens(hf, template.tokens)
     elif hf.chat_template:
         template = _own_template(hf)
+    if template is not None:
+        template = replace(template, kwargs=dict(template_kwargs or {}))
     stop_ids = tokenizer_files.generation_stops(path, len(hf))
     came = tokenizer_export.read(path)
     tokenizer = Tokenizer(hf, template, added_tokens=added, stop_ids=stop_ids, came=came)
     if template is not None and end_of_turn and template.end_of_turn is None:
         tokenizer = _with_end_of_turn(tokenizer, end_of_turn, stop_ids)
     if tokenizer.template is not None:
-        hf.chat_template = _all_templates(hf.chat_template, tokenizer.template)
+        hf.chat_template = _all_templates(hf.chat_template, tokenizer)
     return tokenizer
 
 
-def _all_templates(came: str | dict[str, str] | None, used: Template) -> str | dict[str, str]:
+def _all_templates(came: str | dict[str, str] | None, used: Tokenizer) -> str | dict[str, str]:
     """The template that is trained with, among the model's others: those under names of their own stay as they came."""
     others = came if isinstance(came, dict) else {}
     found = {name: text for name, text in others.items() if name not in ("default", "tool_use")}
-    found["default"] = used.text
-    if used.tools_text:
-        found["tool_use"] = used.tools_text
-    return found if len(found) > 1 else used.text
+    found["default"] = used.renderer.source
+    if used.template.tools_text:
+        found["tool_use"] = used.tools_renderer.source
+    return found if len(found) > 1 else used.renderer.source
+
+
+def _text(text: str, template: Template) -> str:
+    return templates.with_defaults(text, template.kwargs)
 
 
 def _own_template(hf) -> Template:
@@ -379,20 +441,17 @@ def _add_tokens(hf, names: Sequence[str]) -> list[str]:
 
 
 def _with_end_of_turn(tokenizer: Tokenizer, end_of_turn: str, stop_ids: Sequence[int]) -> Tokenizer:
-    """The same tokenizer with a foreign template changed to end its turns with another token."""
+    """The same tokenizer with a foreign template changed to end its turns with another token; where it writes that
+    token anyway, or none, the template stays as it is."""
     added = [*tokenizer.added_tokens, *_add_tokens(tokenizer.hf, [end_of_turn])]
-    old = tokenizer.end_of_turn_id
-    if old is None:
-        raise ConfigError(
-            f"model.end_of_turn={end_of_turn!r}: the template {tokenizer.template.name!r} ends its turns with no "
-            "control token that could be replaced; edit the template, or choose a built-in one"
-        )
-    name = tokenizer.hf.convert_ids_to_tokens(old)
-    own = tokenizer.template
+    options = {"added_tokens": added, "stop_ids": stop_ids, "end_of_turn": end_of_turn, "came": tokenizer.came}
+    result = Tokenizer(tokenizer.hf, tokenizer.template, **options)
+    if result.end_of_turn_id == tokenizer.hf.convert_tokens_to_ids(end_of_turn):
+        return result
+    own, name = tokenizer.template, tokenizer.ending.mark
     text = templates.with_end_of_turn(own.text, name, end_of_turn)
     tools_text = own.tools_text and templates.with_end_of_turn(own.tools_text, name, end_of_turn)
-    changed = Template(own.name, text, tools_text, end_of_turn, own.tokens)
-    result = Tokenizer(tokenizer.hf, changed, added_tokens=added, stop_ids=stop_ids, came=tokenizer.came)
+    result = Tokenizer(tokenizer.hf, replace(own, text=text, tools_text=tools_text, end_of_turn=end_of_turn), **options)
     if result.end_of_turn_id != tokenizer.hf.convert_tokens_to_ids(end_of_turn):
         raise ConfigError(
             f"model.end_of_turn={end_of_turn!r} could not be put into the template {own.name!r}: edit the template"

@@ -24,7 +24,10 @@ class Sample:
       sample: counts from 0 where one row became several samples.
       flags: short slugs for the ledger: "straddle" (a token crosses the start of a trained span), "prompt_differs"
         (the prompt would be tokenised otherwise at generation), "control_text" (user text spelled a control token and
-        was tokenised as plain text), "unrolled" (one of several samples of its conversation).
+        was tokenised as plain text), "unrolled" (one of several samples of its conversation), "continued" (the
+        generation prompt and what follows from it, which the template itself never writes so), "thinking_on" and
+        "thinking_off" (the template's own switch was set for it), "lost_..." (see `conservation`).
+      lost: lines for a person on the parts that the flags say are lost.
     """
 
     tokens: np.ndarray
@@ -33,6 +36,7 @@ class Sample:
     index: int = 0
     sample: int = 0
     flags: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
 class RowError(ValueError):

@@ -154,7 +154,7 @@ def test_rewritten_history_becomes_one_sample_for_each_trained_turn(tmp_path):
     )
     assert [(s.index, s.source, s.sample, s.flags) for s in (first, second)] == [
         (7, 3, 0, ("unrolled",)),
-        (7, 3, 1, ("unrolled",)),
+        (7, 3, 1, ("unrolled", "history_reasoning")),
     ]
     thought = encoder.tokenizer.hf.convert_tokens_to_ids("<think>")
     assert (first.tokens == thought).sum() == (second.tokens == thought).sum() == 1
@@ -177,10 +177,13 @@ def test_only_the_last_of_rewritten_history_is_one_sample(tmp_path):
     assert sample.flags == ()
 
 
-def test_a_template_that_drops_thoughts_is_flagged(tmp_path):
+def test_a_template_that_drops_thoughts_is_refused_unless_that_is_allowed(tmp_path):
     template = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
-    encoder = encoder_of(tmp_path, template, "thinking")
-    assert one(encoder, "Q", "<think>\nT\n</think>A").flags == ("content_rewritten",)
+    with pytest.raises(RowError, match=r"lost_reasoning.*allow_lost=\('reasoning',\)"):
+        one(encoder_of(tmp_path, template, "thinking"), "Q", "<think>\nT\n</think>A")
+    allowing = encoder_of(tmp_path, template, "thinking", allow_lost=("reasoning",))
+    sample = one(allowing, "Q", "<think>\nT\n</think>A")
+    assert sample.flags == ("lost_reasoning",) and drawn(allowing.tokenizer, sample).endswith("[A<|im_end|>]\n")
 
 
 def test_a_prompt_that_is_no_prefix_of_the_answer_is_refused(tmp_path):
@@ -246,11 +249,11 @@ def test_tool_calls_are_trained_and_results_are_not(tmp_path):
 
 
 def test_templates_that_want_arguments_as_text_get_them(tmp_path):
-    template = TOOLS_LIKE.replace("(call.function | tojson)", "call.function.arguments")
+    template = TOOLS_LIKE.replace("(call.function | tojson)", "call.function.name + ' ' + call.function.arguments")
     call = {"function": {"name": "f", "arguments": {"x": "é"}}}
     row = {"messages": [*chat("Q"), {"role": "assistant", "tool_calls": [call]}]}
     sample = one(encoder := encoder_of(tmp_path, template, "thinking"), **row)
-    assert '[<tool_call>{"x": "é"}</tool_call><|im_end|>]' in drawn(encoder.tokenizer, sample)
+    assert '[<tool_call>f {"x": "é"}</tool_call><|im_end|>]' in drawn(encoder.tokenizer, sample)
 
 
 def test_what_a_model_writes_itself_stays_a_token_in_answers(tmp_path):
@@ -348,7 +351,7 @@ def test_one_rendering_by_pieces_equals_rendering_every_prefix(tmp_path, monkeyp
             row = {"messages": chat(*(rng.choice(["a", " b\n", "c </s>", "  d"]) for _ in range(6)))}
             fast = encoder(row)
             with monkeypatch.context() as patch:
-                patch.setattr(masks, "_spans_by_pieces", lambda *_: None)
+                patch.setattr(masks._Conversation, "_by_pieces", lambda *_: None)
                 slow = encoder(row)
             assert fast[0].tokens.tolist() == slow[0].tokens.tolist() and (fast[0].weights == slow[0].weights).all()
             assert fast[0].flags == slow[0].flags

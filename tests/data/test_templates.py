@@ -92,14 +92,13 @@ UNPROVABLE = {
 def test_pieces_of_a_proved_template_are_its_prefixes(text):
     renderer = Renderer(text, TOKENS)
     assert renderer.append_only
-    prompt = renderer.generation_prompt()
     for messages in (chat("U", "A", "V", "B", system="S"), chat("U", "A </think> x", " V\n", "B")):
         pieces = renderer.pieces(messages)
-        assert pieces.text == renderer.render(messages)
+        assert pieces.text == renderer.render(messages) and pieces.text.endswith(pieces.tail)
         for k in range(1, len(messages) + 1):
             end = pieces.ends[k - 1 - pieces.first] if k > pieces.first else pieces.begin
-            assert renderer.render(messages[:k]) == pieces.text[:end]
-            assert renderer.render(messages[:k], generation=True) == pieces.text[:end] + prompt
+            assert renderer.render(messages[:k]) == pieces.text[:end] + pieces.tail
+            assert renderer.render(messages[:k], generation=True) == pieces.text[:end] + pieces.prompt
     assert renderer.pieces(chat(f"U{MARK}", "A")) is None
 
 
