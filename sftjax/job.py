@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -108,7 +108,8 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     report.check()
     total_steps = config.train.max_steps or report.steps
     spec = adapter_spec(config, model=model_config, grows=bool(opened.new_token_ids))
-    job_program, schedule = build_program(config, model_config, spec, mesh, total_steps, len(mixture.names))
+    given = loading.given_nf4(opened, config.peft.quantization)
+    job_program, schedule = build_program(config, model_config, spec, mesh, total_steps, len(mixture.names), given)
     announce(config, job_program, total_steps)
     check_room(config, folder, job_program, total_steps)
     if jax.process_index() == 0:
@@ -234,13 +235,25 @@ def adapter_spec(config: config_lib.ConfigDict, *, model: ModelConfig, grows: bo
     )
 
 
-def build_program(config, model_config: ModelConfig, spec: AdapterSpec, mesh, total_steps: int, num_sources: int = 1):
-    """The compiled steps (not compiled yet) and the schedule."""
+def build_program(
+    config,
+    model_config: ModelConfig,
+    spec: AdapterSpec,
+    mesh,
+    total_steps: int,
+    num_sources: int = 1,
+    given: Mapping[str, str] | None = None,
+):
+    """The compiled steps (not compiled yet) and the schedule.
+
+    Args:
+      given: forms of weights that the base has in NF4 already; see `loading.given_nf4`.
+    """
     adapting = spec.method != "full"
     dtype = config.model.frozen_dtype if adapting else config.model.params_dtype
     abstract = {"params": decoder.abstract_params(model_config, dtype)}
     if config.peft.quantization != "none":
-        params, quant = nf4.abstract_split(abstract["params"], config.peft.quantization, nf4.is_projection)
+        params, quant = nf4.abstract_split(abstract["params"], config.peft.quantization, nf4.is_projection, given)
         abstract = {"params": params, "quant": quant}
     if adapting:
         abstract["adapter"] = jax.eval_shape(lambda base: new_adapter(base, spec, seed=0), abstract)

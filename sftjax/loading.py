@@ -170,10 +170,11 @@ def load_base(
     if quantization == "none":
         variables = {"params": hf.load_params(opened.files, own, dtype, shardings)}
     else:
-        _, quant = nf4.abstract_split(abstract, quantization, nf4.is_projection)
+        _, quant = nf4.abstract_split(abstract, quantization, nf4.is_projection, given_nf4(opened, quantization))
         transform = nf4.make_transform(quantization, nf4.is_projection)
         placed = None if mesh is None else partition.shardings({"quant": quant}, mesh)["quant"]
-        params, quant = hf.load_params(opened.files, own, dtype, shardings, transform, placed)
+        keep = quantization == "nf4"
+        params, quant = hf.load_params(opened.files, own, dtype, shardings, transform, placed, keep_nf4=keep)
         variables = {"params": params, "quant": quant}
     if config.vocab_size != own.vocab_size:
         size = config.valid_vocab or config.vocab_size
@@ -182,6 +183,11 @@ def load_base(
     if spare:
         variables["params"] = vocab.start_at_mean(variables["params"], spare)
     return variables
+
+
+def given_nf4(opened: Opened, quantization: str) -> dict[str, str]:
+    """The forms (see `nf4.abstract_split`) of weights that an NF4 run takes from its checkpoint as they are."""
+    return hf.given_nf4(opened.files) if quantization == "nf4" else {}
 
 
 def with_adapter(config: ModelConfig, params: Any, folder: str) -> tuple[ModelConfig, Any, Any]:

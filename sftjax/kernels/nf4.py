@@ -8,6 +8,9 @@ NF4 of a weight `[out, in]`, as bitsandbytes computes it on the CPU, to the bit:
     its max     of each such block        absmax_scale             [ceil(out * in / 64 / 256)]  f32
     the mean                              absmax_offset            []  f32
 
+A base that comes from bitsandbytes without double quantisation has the block maxima themselves: absmax f32, and no
+leaves for its scale and offset.
+
 A stored form is a dict of these leaves (int8: `codes` i8 `[out, in]`, `scale` f32 `[out]`), behind any leading axes.
 Values are found by comparisons with constants: no 16-fold temporary, nothing that would gather a sharded array.
 """
@@ -101,18 +104,30 @@ def is_projection(module: str) -> bool:
     return module.endswith("_proj")
 
 
-def stored_shapes(shape: tuple[int, ...], kind: str = "nf4") -> dict[str, jax.ShapeDtypeStruct]:
-    """What `quantise` gives for a weight of this shape, without computing it."""
-    return jax.eval_shape(functools.partial(quantise, kind=kind), jax.ShapeDtypeStruct(shape, jnp.float32))
+def stored_shapes(shape: tuple[int, ...], kind: str = "nf4", *, double: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `quantise` gives for a weight of this shape, without computing it; `double`: block maxima in 8 bits."""
+    found = jax.eval_shape(functools.partial(quantise, kind=kind), jax.ShapeDtypeStruct(shape, jnp.float32))
+    if kind == "nf4" and not double:
+        return {"codes": found["codes"], "absmax": jax.ShapeDtypeStruct(found["absmax"].shape, jnp.float32)}
+    return found
 
 
-def abstract_split(params: Mapping, kind: str, targets: Callable[[str], bool]) -> tuple[dict, dict]:
-    """A tree of shapes as (what loading with `make_transform` keeps, what it makes)."""
+def abstract_split(
+    params: Mapping, kind: str, targets: Callable[[str], bool], given: Mapping[str, str] | None = None
+) -> tuple[dict, dict]:
+    """A tree of shapes as (what loading with `make_transform` keeps, what it makes).
+
+    Args:
+      given: `{path: form}` of weights that come quantised: "double", "single" (block maxima in float32), or "kept"
+        where the checkpoint itself left some as they were.
+    """
     kept, made = {}, {}
     for path, leaf in tree.flatten(params).items():
         module, _, name = path.rpartition("/")
-        if name == "weight" and targets(module):
-            made |= {f"{module}/{part}": shape for part, shape in stored_shapes(leaf.shape, kind).items()}
+        form = (given or {}).get(path, "double")
+        if name == "weight" and targets(module) and form != "kept":
+            shapes = stored_shapes(leaf.shape, kind, double=form == "double")
+            made |= {f"{module}/{part}": shape for part, shape in shapes.items()}
         else:
             kept[path] = leaf
     return tree.unflatten(kept), tree.unflatten(made)
@@ -156,6 +171,8 @@ def quantise_scales(largest: Array, offset: Array | None = None) -> dict[str, Ar
 def dequantise_scales(stored: Stored) -> Array:
     """Block maxima, float32 `[out, in // 64]`."""
     codes = stored["absmax"]
+    if codes.dtype == jnp.float32:
+        return codes
     values = jnp.take(jnp.asarray(blockwise.dynamic_map()), codes, mode="clip")
     block = jnp.arange(codes.size).reshape(codes.shape) // SCALE_BLOCK
     return values * stored["absmax_scale"][block] + stored["absmax_offset"]

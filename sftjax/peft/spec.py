@@ -239,9 +239,7 @@ def saved_modules(params: tree.Tree, spec: AdapterSpec) -> tuple[str, ...]:
             remedy = "; it is tied to embed_tokens: name that" if wanted == "lm_head" else ""
             raise ConfigError(f"peft.modules_to_save: no module {wanted!r} with a weight in this model{remedy}")
         if not all(_ends(name, wanted) for path in hits for name in names[path]):
-            raise ConfigError(
-                f"peft.modules_to_save: {wanted!r} names single layers; a module is saved in all layers"
-            )
+            raise ConfigError(f"peft.modules_to_save: {wanted!r} names single layers; a module is saved in all layers")
         found.update(dict.fromkeys(hits))
     return tuple(found)
 

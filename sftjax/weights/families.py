@@ -29,6 +29,7 @@ _DROPPED_ON_EXPORT = {
     "transformers_version", "_attn_implementation", "_attn_implementation_autoset",
 }  # fmt: skip
 _REWRITTEN = {"hidden_act"}  # first Gemma files say "gelu", which transformers 4 believes, and mean gelu_pytorch_tanh
+_DEQUANTISED = ("fp8", "bitsandbytes", "mxfp4")  # how: weights/quantised.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +134,10 @@ def read_fields(raw: Mapping[str, Any], where: str = "config.json") -> tuple[Mod
     fields = Fields(raw, where)
     quantization = fields.take("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    if quantization is not None and not (family.layout == "gpt_oss" and method == "mxfp4"):
+    if quantization is not None and method not in _DEQUANTISED:
         raise ConfigError(
-            f"{where}: quantization_config ({method!r}): the weights are quantised; use the original model, "
-            f"or a GGUF file of it"
+            f"{where}: quantization_config ({method!r}): the weights are quantised in a form that isn't read, only "
+            f"{', '.join(_DEQUANTISED)} are; use the original model, or a GGUF file of it"
         )
     try:
         config = family.read(fields)

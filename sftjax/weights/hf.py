@@ -19,7 +19,7 @@ import numpy as np
 
 from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig
-from sftjax.weights import families, gguf, load, mxfp4, rules, safetensors
+from sftjax.weights import families, gguf, load, quantised, rules, safetensors
 from sftjax.weights.files import Folder, is_remote
 
 _HUB_ID = re.compile(r"[\w][\w.\-]*/[\w][\w.\-]*", re.ASCII)
@@ -169,11 +169,12 @@ def open_source(
         source: load.Source = gguf.GgufSource(files.path, config)
         table = rules.tensors(config, "stacked" if config.experts is not None else files.family.layout)
     else:
-        source = _FolderSource(Folder(files.path))
+        settings = files.raw_config.get("quantization_config")
+        source = quantised.DequantisedSource(_FolderSource(Folder(files.path)), settings)
         layout = files.family.layout
         names = source.shapes()
-        if any(name.endswith("experts.gate_up_proj_blocks") for name in names):
-            source, layout = mxfp4.DequantisedSource(source), "mxfp4"
+        if layout == "gpt_oss" and any(name.endswith("experts.gate_up_proj") for name in source.stored):
+            layout = "mxfp4"
         elif layout != "gpt_oss" and any(name.endswith("mlp.experts.gate_up_proj") for name in names):
             layout = "fused_experts"
         table = rules.tensors(config, layout)
@@ -189,6 +190,8 @@ def load_params(
     shardings: Mapping[str, Any] | None = None,
     transform: load.Transform | None = None,
     transform_shardings: Mapping[str, Any] | None = None,
+    *,
+    keep_nf4: bool = False,
 ) -> Any:
     """The parameters as device arrays.
 
@@ -198,6 +201,7 @@ def load_params(
       shardings: tree of `Sharding` like the parameters; None: the default device.
       transform, transform_shardings: see `weights.load.load`; with a transform the result is the pair
         (parameters it kept, what it made).
+      keep_nf4: take projections that the files have in NF4 as they are, not by way of `transform`.
 
     Raises:
       ConfigError: the files don't hold this model; all differences are listed.
@@ -207,8 +211,17 @@ def load_params(
         raise ConfigError(f"{files.path}: its configuration isn't the one to load; load first, then change the model")
     source, table = open_source(files)
     shapes = rules.leaf_shapes(config)
-    kept, made = load.load(source, table, shapes, dtype, shardings, transform, transform_shardings)
+    given = quantised.given_nf4(source, table) if keep_nf4 else {}
+    kept, made = load.load(source, table, shapes, dtype, shardings, transform, transform_shardings, given)
     return kept if transform is None else (kept, made)
+
+
+def given_nf4(files: ModelFiles) -> dict[str, str]:
+    """`{path of a parameter: its form}` of those that the files have in NF4; see `kernels.nf4.abstract_split`."""
+    if files.is_gguf or "quantization_config" not in files.raw_config:
+        return {}
+    source, table = open_source(files)
+    return {path: given.form for path, given in quantised.given_nf4(source, table).items()}
 
 
 def stored_dtypes(files: ModelFiles) -> str | dict[str, str]:

@@ -28,6 +28,14 @@ _ALIGNMENT = 64  # what XLA:CPU needs to take a numpy buffer as it is
 _IGNORABLE = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)")
 _FLOATS = {"float32", "float16", "bfloat16", "float64"}
 
+
+class Given(Protocol):
+    """A parameter's stored form, as the source has it."""
+
+    def layer(self, repeat: int) -> Mapping[str, np.ndarray] | None:
+        """The leaves of one layer; None: the parameter is kept as it is."""
+
+
 Transform = Callable[[str, jax.Array], Mapping[str, jax.Array] | None]
 
 
@@ -101,6 +109,7 @@ def load(
     shardings: Mapping[str, Any] | None = None,
     transform: Transform | None = None,
     transform_shardings: Mapping[str, Any] | None = None,
+    given: Mapping[str, Given] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parameter tree, and the tree of what `transform` made.
 
@@ -111,6 +120,7 @@ def load(
       transform: `(path, weight [out, in] of one layer) -> {name: array}` in place of the parameter (quantisation), or
         None to keep it. The results, stacked over the leading axes, are at `<path without its last name>/<name>`.
       transform_shardings: tree for those; None: as XLA puts them.
+      given: `{path: what stands in for transform}` where the source has the stored form itself.
     """
     dtype = np.dtype(dtype)
     by_path: dict[str, list[tuple[str, Shape, Part]]] = {path: [] for path in shapes}
@@ -127,8 +137,11 @@ def load(
             leaf = _Leaf(source, pieces, shapes[path], dtype, pool)
             sharding = placed[path] if shardings is not None else default
             made = None
-            if transform is not None and len(leaf.shape) > 2:
-                made = _load_transformed(leaf, path, sharding, transform, extra_placed)
+            if given and path in given:
+                made = _load_made(leaf, path, given[path].layer, extra_placed)
+            elif transform is not None and len(leaf.shape) > 2:
+                layer = functools.partial(_transformed_layer, leaf, path, sharding, transform)
+                made = _load_made(leaf, path, layer, extra_placed)
             if made is not None:
                 extra |= made
             else:
@@ -224,15 +237,14 @@ def _place(shape: Shape, sharding: Sharding, fill: Callable[[tuple[slice, ...]],
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _load_transformed(
-    leaf: _Leaf, path: str, sharding: Sharding, transform: Transform, placed: Mapping[str, Any]
+def _load_made(
+    leaf: _Leaf, path: str, make: Callable[[int], Mapping[str, Any] | None], placed: Mapping[str, Any]
 ) -> dict[str, jax.Array] | None:
-    """What `transform` makes of each layer, stacked; None where it keeps the parameter."""
+    """What `make` gives for each layer, stacked; None where it keeps the parameter."""
     stacks: dict[str, jax.Array] = {}
     module = path.rpartition("/")[0]
     for repeat in range(leaf.shape[0]):
-        layer = _load_layer(leaf, sharding, repeat)
-        made = _transform_layer(transform, path, layer)
+        made = make(repeat)
         if made is None:
             return None
         for name, value in made.items():
@@ -244,7 +256,10 @@ def _load_transformed(
     return stacks
 
 
-def _transform_layer(transform: Transform, path: str, layer: jax.Array) -> dict[str, jax.Array] | None:
+def _transformed_layer(
+    leaf: _Leaf, path: str, sharding: Sharding, transform: Transform, repeat: int
+) -> dict[str, jax.Array] | None:
+    layer = _load_layer(leaf, sharding, repeat)
     if layer.ndim == 2:
         made = transform(path, layer)
         return None if made is None else dict(made)

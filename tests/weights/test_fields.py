@@ -17,8 +17,6 @@ HUB = [json.loads(line) for line in Path(__file__).with_name("hub_configs.jsonl"
 # Of model types that are read here: what can't be, and why.
 REFUSED = {
     "CohereForAI/c4ai-command-r-plus": "use_qk_norm=True isn't supported",
-    "Qwen/Qwen3-32B-FP8": "quantization_config",
-    "Qwen/Qwen3-235B-A22B-FP8": "quantization_config",
 }
 
 
