@@ -7,6 +7,7 @@ used; a run with nothing sound left is an error, never a quiet restart from zero
 
     checkpoints/<step>/{state,position,meta,digest,metrics}    committed by renaming a temporary folder
     checkpoints/LATEST, BEST                                   the steps' numbers, for people and scripts
+    committed.json                                             beside the folder: that there are checkpoints
     checkpoints/deleted/, damaged/                             being removed (renamed first); put aside
 
 The state is stored as nested dicts by path, so that a part of it (`restore_params`) can be read without its classes.
@@ -35,6 +36,7 @@ from sftjax import paths
 from sftjax import tree as tree_lib
 from sftjax.digest import Damaged, as_json, check_documents, check_leaves, check_seal, digest, seal, signature
 from sftjax.errors import ConfigError, StorageError
+from sftjax.utils import storage
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +130,7 @@ class Checkpointer:
       keep: how many of the newest checkpoints stay; the best one stays besides.
       metric: the name in `metrics` that decides which one is best.
       greater_is_better: whether a larger value of it is.
+      record: a file that says that checkpoints were committed; a restore that finds it, and none of them, refuses.
 
     Raises (from every method):
       StorageError: the storage can't be written, or no sound checkpoint is left.
@@ -140,6 +143,7 @@ class Checkpointer:
         keep: int = 2,
         metric: str = "eval_loss",
         greater_is_better: bool = False,
+        record: str | os.PathLike[str] | None = None,
     ):
         if keep < 1:
             raise ConfigError(f"checkpoint: at least one checkpoint must be kept (got {keep})")
@@ -160,6 +164,7 @@ class Checkpointer:
             raise StorageError(f"{directory}: can't keep checkpoints here ({error})") from error
         self._ranks = {step: self._rank(self._read_metrics(step)) for step in self.all_steps()}
         self._saving: int | None = None
+        self._commit_record = record
         self._remove_deleted()
 
     def _rank(self, metrics: Any) -> float:
@@ -206,11 +211,18 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()  # an error of the save before belongs to that one
             self._remove_deleted()
+            self._record()
+            storage.moment("checkpoint saving", step)
             self._saving = step
             self._ranks[step] = self._rank(metrics)
             return self._manager.save(step, args=items, force=True)
         except Exception as error:
             raise self._storage_error(step, error) from error
+
+    def poll(self) -> None:
+        """Writes down a commit that has come about in the background; to be called now and then, costs nothing."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Blocks until what was saved is committed, and what it replaces is deleted."""
@@ -229,8 +241,12 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        if error is None:
+            self.close()
+            return
+        with contextlib.suppress(StorageError):  # which would hide the error that ends the run
+            self.close()
 
     def _storage_error(self, step: int | None, error: Exception) -> Exception:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -258,14 +274,22 @@ class Checkpointer:
         if self._primary and "://" not in str(self._directory):
             for folder in self._directory.glob(f"{self._saving}.*"):
                 _sync_small_files(str(folder))
+        storage.moment("checkpoint committing", self._saving)
 
     def _record(self) -> None:
-        if self._primary:
+        """Writes down which steps are committed."""
+        committed, self._saving = self._saving, None
+        if committed is not None:
+            storage.moment("checkpoint committed", committed)
+        if self._primary and self.all_steps():
+            if self._commit_record is not None:
+                storage.write_text(self._commit_record, json.dumps({"step": self.latest_step()}) + "\n")
             if "://" not in str(self._directory):
-                _fsync(str(self._directory))  # the new checkpoint's name
+                storage.fsync(str(self._directory))  # the new checkpoint's name
             for name, step in (("LATEST", self.latest_step()), ("BEST", self.best_step())):
                 if step is not None:
-                    _write_atomically(self._directory / name, f"{step}\n")
+                    storage.write_text(self._directory / name, f"{step}\n")
+            storage.moment("checkpoint recorded", committed)
 
     def _remove_deleted(self) -> None:
         if self._primary and (self._directory / DELETED).exists():
@@ -311,6 +335,8 @@ class Checkpointer:
         """
         self.wait()
         steps = self.all_steps()
+        if not steps:
+            self._check_never_saved()
         if step is not None:
             if step not in steps:
                 raise StorageError(f"{self._directory}: there is no checkpoint {step}; there are {steps or 'none'}")
@@ -331,6 +357,14 @@ class Checkpointer:
                 "choose another run_dir to start anew; this run won't start from zero by itself."
             )
         return None
+
+    def _check_never_saved(self) -> None:
+        record = self._commit_record and epath.Path(self._commit_record)
+        if record and record.exists() and not (self._directory / DAMAGED).exists():
+            raise StorageError(
+                f"{record} says that checkpoints were saved, and {self._directory} has none: put them back from a "
+                "copy, or choose another run_dir to start anew; this run won't start from zero by itself."
+            )
 
     def _read(self, step: int, abstract_state: Any) -> Restored:
         named, structure = _paths(abstract_state)
@@ -399,11 +433,7 @@ def restore_params(
       StorageError: there is no (sound) checkpoint, or it has no such branch.
     """
     root = epath.Path(paths.absolute(directory))
-    steps = (
-        sorted((int(path.name) for path in root.iterdir() if path.name.isdigit()), reverse=True)
-        if root.exists()
-        else []
-    )
+    steps = _steps(root)
     if step is not None and step not in steps:
         raise StorageError(f"{directory}: there is no checkpoint {step}; there are {sorted(steps) or 'none'}")
     reasons = []
@@ -416,13 +446,35 @@ def restore_params(
     raise StorageError(f"{directory}: no sound checkpoint ({'; '.join(reasons) or 'none was saved'})")
 
 
-def _read_branch(folder: epath.Path, prefix: str, abstract: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def newest_meta(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]] | None:
+    """The step and the `meta` of the newest checkpoint whose documents are sound, without its arrays; None: there is
+    none."""
+    for step in _steps(epath.Path(directory)):
+        with contextlib.suppress(Damaged):
+            return step, _read_documents(epath.Path(directory) / str(step))[1]
+    return None
+
+
+def _steps(root: epath.Path) -> list[int]:
+    """Newest first."""
+    if not root.exists():
+        return []
+    return sorted((int(path.name) for path in root.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def _read_documents(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the digest item, meta) of a checkpoint."""
     try:
         item = check_seal(json.loads((folder / "digest" / "metadata").read_text()))
         meta = json.loads((folder / "meta" / "metadata").read_text())
     except (OSError, ValueError) as error:
         raise _told_apart(error, folder) from error
     check_documents(item, {"meta": meta})
+    return item, meta
+
+
+def _read_branch(folder: epath.Path, prefix: str, abstract: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    item, meta = _read_documents(folder)
     chosen = {path: value for path, value in item["leaves"].items() if path.startswith(prefix + "/")}
     if not chosen:
         raise StorageError(f"{folder}: holds no {prefix!r}; it has {sorted({p.split('/')[0] for p in item['leaves']})}")
@@ -490,24 +542,5 @@ def _sync_small_files(directory: str) -> None:
         for name in files:
             path = os.path.join(parent, name)
             if os.path.getsize(path) < 2**20:
-                _fsync(path)
-        _fsync(parent)
-
-
-def _fsync(path: str) -> None:
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:  # not every file system can; the digest tells if it mattered
-        pass
-    finally:
-        os.close(handle)
-
-
-def _write_atomically(path: epath.Path, text: str) -> None:
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text)
-    aside.replace(path)
+                storage.fsync(path)
+        storage.fsync(parent)

@@ -196,12 +196,24 @@ def from_json(text: str) -> ConfigDict:
     return config
 
 
-def of_run(run_dir: str) -> ConfigDict:
+def of_run(run_dir: str, settings: dict[str, Any] | None = None) -> ConfigDict:
     """The configuration saved with a run; what its relative paths named there is found from any working folder.
+
+    Args:
+      run_dir: the run's folder.
+      settings: the configuration, where it is known from a checkpoint; else it is read from config.json.
 
     Raises:
       ConfigError: it isn't a run's folder, or its configuration can't be understood.
     """
+    values = _read_settings(run_dir) if settings is None else settings
+    there = paths.working_folder(run_dir)
+    config = defaults()
+    _update(config, paths.map_settings(values, lambda path: paths.found(path, there)), "")
+    return config
+
+
+def _read_settings(run_dir: str) -> dict[str, Any]:
     try:
         with fsspec.open(f"{run_dir}/config.json", "r", encoding="utf-8") as file:
             values = json.load(file)
@@ -212,10 +224,7 @@ def of_run(run_dir: str) -> ConfigDict:
         raise ConfigError(f"{run_dir}/config.json is not JSON ({error}): restore it") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{run_dir}/config.json holds no configuration: restore it")
-    there = paths.working_folder(run_dir)
-    config = defaults()
-    _update(config, paths.map_settings(values, lambda path: paths.found(path, there)), "")
-    return config
+    return values
 
 
 def _update(config: ConfigDict, values: dict[str, Any], prefix: str) -> None:

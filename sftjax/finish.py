@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import shutil
 from typing import Any
 
 import jax
@@ -14,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sftjax import doctor, held_out, loading, report, tree
+from sftjax import doctor, held_out, loading, report, run_evaluation, runs, tree
 from sftjax.checkpoint import Checkpointer
 from sftjax.data import pipeline as pipelines
 from sftjax.errors import Diverged
 from sftjax.models import decoder
 from sftjax.parallel import partition
 from sftjax.peft import merge
+from sftjax.utils import storage
 from sftjax.weights import companions, export, hf, peft_format
-from sftjax.weights.files import write_file
 
 VERIFY_TOKENS = 512
 MAX_RELATIVE_DIFFERENCE = 1e-5  # reloaded against the same weights in memory, float32; 0 but for the order of sums
@@ -37,7 +36,8 @@ def finish(job, state, frozen) -> None:
     config = job.config
     state, step = chosen_state(job, state)
     summary: dict[str, Any] = {"steps": int(state.step), "exported_step": step}
-    summary |= compare_held_out(job, step) | compare_plain_text(job, step)
+    summary |= held_out_summary(compare(job, "evaluation", state, frozen, step))
+    summary |= plain_text_summary(compare(job, "plain-text", state, frozen, step))
     if not math.isfinite(summary.get("eval_loss_after", 0.0)):
         report.write(job.folder.path)
         raise Diverged(
@@ -49,16 +49,23 @@ def finish(job, state, frozen) -> None:
         summary["verification"] = export_and_verify(job, state, frozen, summary["export"])
     if "adapter" in state.trainable:
         summary["adapters"] = count_adapters(tree.merge(state.trainable, frozen)["adapter"], job.program.mesh)
-    job.folder.write_json("summary.json", summary)
-    findings = doctor.diagnose(job.folder.path)
+    findings = doctor.diagnose(job.folder.path, summary)
     job.folder.write_json("doctor.json", {"findings": [finding._asdict() for finding in findings]})
-    report.write(job.folder.path)
+    report.write(job.folder.path, summary)
     if config.export.enabled:
-        with open(os.path.join(summary["export"], "README.md"), "w", encoding="utf-8") as file:
-            file.write(report.model_card(job.folder.path))
+        storage.write_text(os.path.join(summary["export"], "README.md"), report.model_card(job.folder.path, summary))
+    job.folder.write_json("summary.json", summary)  # last: it says that the run is finished
     say(job, summary)
     if findings:
         print(doctor.text(findings))
+
+
+def missing(folder: runs.RunFolder, summary: dict[str, Any]) -> list[str]:
+    """What a run that says it is finished should have left, and hasn't: names of files, missing or empty."""
+    wanted = ["report.html", "doctor.json"]
+    if "export" in summary:
+        wanted += ["verification.json", "export/verification.json", "export/README.md"]
+    return [name for name in wanted if not folder.size(name)]
 
 
 def open_checkpoints(job) -> Checkpointer:
@@ -68,6 +75,7 @@ def open_checkpoints(job) -> Checkpointer:
         keep=job.config.checkpoint.save_total_limit,
         metric=job.config.eval.metric_for_best_model,
         greater_is_better=job.config.eval.greater_is_better,
+        record=job.folder.file("committed.json"),
     )
 
 
@@ -85,21 +93,32 @@ def chosen_state(job, state):
         return saved.restore(job.program.abstract_state, best).state, best
 
 
-def compare_held_out(job, step: int) -> dict[str, Any]:
-    """Held-out loss before and after, with the interval of the difference over conversations."""
-    before, after = (held_out.load(job.folder.file(f"evaluation-{number}.npz")) for number in (0, step))
+def compare(job, kind: str, state, frozen, step: int) -> tuple[held_out.Evaluation, held_out.Evaluation] | None:
+    """What was held out ("evaluation" or "plain-text"), before training and after `step`; None where there is nothing
+    to compare."""
+    before = run_evaluation.evaluation(job, kind, 0)
+    after = run_evaluation.evaluation(job, kind, step, state, frozen)
     if before is None or after is None:
+        return None
+    if not np.array_equal(before.keys, after.keys):
+        print(f"{kind}: what is held out has changed since the run began, so before and after can't be compared")
+        return None
+    return before, after
+
+
+def held_out_summary(pair: tuple[held_out.Evaluation, held_out.Evaluation] | None) -> dict[str, Any]:
+    """Held-out loss before and after, with the interval of the difference over conversations."""
+    if pair is None:
         return {}
-    return _compared("", held_out.compare(before, after)) | {
-        "held_out_examples": len(after.keys),
-        "held_out_trained_tokens": int(after.trained.sum()),
+    return _compared("", held_out.compare(*pair)) | {
+        "held_out_examples": len(pair[1].keys),
+        "held_out_trained_tokens": int(pair[1].trained.sum()),
     }
 
 
-def compare_plain_text(job, step: int) -> dict[str, Any]:
+def plain_text_summary(pair: tuple[held_out.Evaluation, held_out.Evaluation] | None) -> dict[str, Any]:
     """Loss on held-out plain text before and after: what was forgotten."""
-    before, after = (held_out.load(job.folder.file(f"plain-text-{number}.npz")) for number in (0, step))
-    return {} if before is None or after is None else _compared("plain_text_", held_out.compare(before, after))
+    return {} if pair is None else _compared("plain_text_", held_out.compare(*pair))
 
 
 def _compared(prefix: str, found: held_out.Difference) -> dict[str, Any]:
@@ -131,7 +150,7 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
             None, source=opened.files, tokenizer=opened.tokenizer.files(), stop_ids=opened.tokenizer.stop_ids
         )
         for name, content in beside.items():
-            write_file(folder, name, content)
+            storage.write_bytes(f"{folder}/{name}", content)
         adapter, _ = peft_format.load_adapter(folder, job.model_config)
         reloaded = {**variables, "adapter": adapter}
         expected, against = variables, "the base weights in memory with the adapter read back"
@@ -159,9 +178,8 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
     figures["step"] = int(state.step)
     passed = figures["max_relative_difference"] <= MAX_RELATIVE_DIFFERENCE
     figures["passed"] = bool(passed)
-    with open(os.path.join(folder, "verification.json"), "w", encoding="utf-8") as file:
-        json.dump(figures, file, indent=2)
-    shutil.copy(os.path.join(folder, "verification.json"), job.folder.file("verification.json"))
+    for path in (os.path.join(folder, "verification.json"), job.folder.file("verification.json")):
+        storage.write_text(path, json.dumps(figures, indent=2))
     if not passed:
         raise RuntimeError(f"{folder}: the exported model differs from the trained one: {figures}")
     return figures

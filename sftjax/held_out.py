@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -56,17 +55,19 @@ class Evaluation:
         columns = (self.keys, self.nll, self.weight, self.trained, self.correct)
         return Evaluation(*(column[chosen] for column in columns), self.source_names)
 
-    def save(self, path: str) -> None:
-        """Writes an `.npz` file."""
-        np.savez(path, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+    def save(self, file: BinaryIO) -> None:
+        """Writes it as an `.npz` file."""
+        np.savez(file, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
 
-def load(path: str) -> Evaluation | None:
-    """What `Evaluation.save` wrote; None where there is no such file."""
-    if not os.path.exists(path):
-        return None
-    with np.load(path, allow_pickle=False) as file:
-        values = {name: file[name] for name in file.files}
+def load(file: BinaryIO | str) -> Evaluation:
+    """What `Evaluation.save` wrote.
+
+    Raises:
+      OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile: it isn't there, or not whole.
+    """
+    with np.load(file, allow_pickle=False) as arrays:
+        values = {name: arrays[name] for name in arrays.files}
     return Evaluation(**{**values, "source_names": tuple(values["source_names"].tolist())})
 
 

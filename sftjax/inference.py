@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 import orjson
 
 from sftjax import loading
 from sftjax.data import encode
 from sftjax.data.sources import open_source
-from sftjax.errors import StorageError
 from sftjax.score import encode_rows, score_samples
+from sftjax.utils import storage
 
 
 def score_file(
@@ -34,7 +32,7 @@ def score_file(
       template: what `loading.open_model` takes for the chat template.
       encoding: what `encode.encoder_of` takes.
     """
-    with written_whole(out) as file:
+    with storage.whole_file(out) as file:
         source = open_source({"path": data})
         loaded = loading.load_model(model, adapter=adapter, dtype=dtype, **(template or {}))
         encoder = encode.encoder_of(source, loaded.tokenizer, **(encoding or {}))
@@ -52,26 +50,3 @@ def score_file(
     mean = f"{nll / trained:.6f} nats over {trained:,} trained tokens" if trained else "no trained token"
     print(f"{out}: {len(lines)} samples, {mean}; {len(errors)} rows could not be used", file=sys.stderr)
     return 0
-
-
-@contextlib.contextmanager
-def written_whole(path: str) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when complete.
-
-    Raises:
-      StorageError: it can't be written; known before any work is done.
-    """
-    part = f"{path}.part"
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        file = open(part, "wb")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise StorageError(f"{path}: can't be written ({error.strerror}); choose another --out") from error
-    try:
-        with file:
-            yield file
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        raise

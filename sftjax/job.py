@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sftjax import (
+    checkpoint,
     compat,
     costs,
     finished,
@@ -34,15 +36,15 @@ from sftjax.data import preflight as preflights
 from sftjax.data import preview, rendering
 from sftjax.data.mixture import Mixture
 from sftjax.data.types import RowError
-from sftjax.errors import ConfigError, UserError
+from sftjax.errors import ConfigError, StorageError, UserError
 from sftjax.kernels import nf4
 from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
 from sftjax.peft import lora
 from sftjax.peft.spec import AdapterSpec
+from sftjax.utils.storage import is_remote
 from sftjax.weights import export, families, peft_format, vocab
-from sftjax.weights.files import is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Job:
     plain_text: Mixture | None  # held out, to see what is forgotten
     preflight: preflights.Preflight | None  # whose ledger is completed while training runs
     ledger: dict[str, Any]  # what the preflight counted
+    identity: runs.Identity
+    allow: Sequence[str]  # differences that a continuation may have
     stop: stopping.StopSignal | None = None
 
     @property
@@ -92,7 +96,9 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
         print("warning: this GPU has no bfloat16 arithmetic: model.compute_dtype='float16' is faster here")
     batching = job_data.batching_options(config, mesh)
 
-    ledger = settle_settings(config, folder, fingerprints(opened, mixture), allow)
+    settings = runs.redact(json.loads(config_lib.to_json(config)))
+    identity = runs.Identity(settings, fingerprints(opened, mixture), os.getcwd())
+    ledger = settle_settings(folder, identity, allow)
     report = preflights.run(
         mixture,
         opened.tokenizer,
@@ -132,6 +138,8 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
         plain_text,
         None if keep else report,
         ledger if keep else report.to_dict(),
+        identity,
+        allow,
     )
 
 
@@ -167,26 +175,43 @@ def check_finished(config: config_lib.ConfigDict, folder: runs.RunFolder) -> Non
     finished.check(folder, settings, defaults, now)
 
 
-def settle_settings(
-    config: config_lib.ConfigDict, folder: runs.RunFolder, prints: dict[str, str], allow: Sequence[str]
-) -> dict[str, Any] | None:
-    """Writes down what the run is; of one that goes on, checks that it is still the same.
+def settle_settings(folder: runs.RunFolder, identity: runs.Identity, allow: Sequence[str]) -> dict[str, Any] | None:
+    """Checks that a run that goes on is still the same, and writes down what it is. One that has saved nothing yet
+    begins anew, whatever it was.
 
     Returns:
       The ledger that the run has, where nothing that it depends on has changed.
     """
-    settings, ledger = json.loads(config_lib.to_json(config)), None
-    saved = folder.read_json("config.json")
-    if saved is not None and folder.has_checkpoints():
-        before = (folder.read_json("environment.json") or {}).get("fingerprints", {})
-        now = paths.spelled_as(saved, paths.working_folder(folder.path), settings)
-        for line in runs.check_resume(saved, now, before, prints, allow=allow):
+    ledger = None
+    saved = sealed_identity(folder)
+    if saved is not None:
+        before = {name: value for name, value in saved.fingerprints.items() if name != "base"}  # not loaded yet
+        settings = paths.spelled_as(saved.settings, saved.working_folder, identity.settings)
+        for line in runs.check_resume(saved.settings, settings, before, identity.fingerprints, allow=allow):
             print(line)
-        if before == prints and all(change.verdict == "free" for change in runs.changes(saved, now)):
-            ledger = folder.read_json("preflight.json")
-    folder.write_json("config.json", settings)
-    folder.write_json("environment.json", runs.environment(prints))
+        changed = runs.changes(saved.settings, settings)
+        if before == identity.fingerprints and all(change.verdict == "free" for change in changed):
+            ledger = folder.read_derived("preflight.json")
+    folder.write_json("config.json", identity.settings)
+    folder.write_json("environment.json", runs.environment(identity.fingerprints))
     return ledger
+
+
+def sealed_identity(folder: runs.RunFolder) -> runs.Identity | None:
+    """What the run was begun as, by its newest checkpoint; None where nothing was saved yet."""
+    newest = checkpoint.newest_meta(folder.checkpoints)
+    if newest is None and not folder.has_checkpoints():
+        return None
+    if newest is not None and "identity" in newest[1]:
+        return runs.Identity(**newest[1]["identity"])
+    # all of them are damaged, or were saved before identities were sealed
+    settings, environment = folder.read_json("config.json"), folder.read_json("environment.json")
+    if settings is None or environment is None:
+        raise StorageError(
+            f"{folder.path}: config.json or environment.json is gone, so nobody knows what its checkpoints belong to: "
+            "put it back from a copy, or choose another run_dir"
+        )
+    return runs.Identity(settings, environment["fingerprints"], paths.working_folder(folder.path))
 
 
 def grown(config: config_lib.ConfigDict, opened: loading.Opened) -> ModelConfig:

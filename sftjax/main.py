@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from sftjax.utils import interrupts
+
+if __name__ == "__main__":
+    interrupts.leave_at_once()  # before the imports, which take a second or two
+
 import json
 import sys
 from collections.abc import Sequence

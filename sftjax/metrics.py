@@ -14,11 +14,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import fsspec
 
-from sftjax.errors import StorageError
+from sftjax.utils import storage
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
@@ -26,6 +26,9 @@ from sftjax.errors import StorageError
 class LineFile:
     """A JSONL file that grows. Objects in a bucket can't be appended to, so there the whole is written again,
     at most every `remote_interval` seconds.
+
+    Attributes:
+      count: lines that it has.
 
     Raises:
       StorageError: it can't be opened or written.
@@ -35,35 +38,44 @@ class LineFile:
         self._path, self._interval = path, remote_interval
         self._lines: list[str] = []
         self._written = -math.inf
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self.count = 0
         try:
-            if "://" not in path:
-                self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+            if not storage.is_remote(path):
+                # Unbuffered: after an error there is nothing left that closing would try to write again.
+                self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+                if os.path.isfile(path):  # and no device
+                    with open(path, "rb") as file:
+                        self.count = sum(1 for _ in file)
             elif (found := fsspec.core.url_to_fs(path))[0].exists(found[1]):
                 with fsspec.open(path, "r", encoding="utf-8") as file:
                     self._lines = file.read().splitlines(keepends=True)
+                self.count = len(self._lines)
         except OSError as error:
-            raise StorageError(f"{path}: can't be written ({error.strerror or error})") from error
+            raise storage.failure(path, error) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line; numbers exactly, non-finite ones as null (JSON has no others)."""
         line = json.dumps(_plain(record), allow_nan=False) + "\n"
-        try:
-            if self._file is not None:
-                self._file.write(line)
-                self._file.flush()
-                return
+        self.count += 1
+        if self._file is None:
             self._lines.append(line)
             if time.monotonic() - self._written >= self._interval:
                 self.flush()
+            return
+        try:
+            content = line.encode()
+            while content:  # a disk that is nearly full takes a part, and refuses the rest
+                content = content[self._file.write(content) :]
         except OSError as error:
-            raise StorageError(f"{self._path}: can't be written ({error.strerror or error}); make room") from error
+            raise storage.failure(self._path, error) from error
 
     def flush(self) -> None:
-        """Makes sure that what was written survives the process. Before a checkpoint: its lines belong to it."""
-        if self._file is None and self._lines:
-            with fsspec.open(self._path, "w", encoding="utf-8") as file:
-                file.write("".join(self._lines))
+        """Makes sure that what was written survives the machine. Before a checkpoint: its lines belong to it."""
+        if self._file is not None:
+            storage.fsync(self._path)
+        elif self._lines:
+            storage.write_text(self._path, "".join(self._lines))
             self._written = time.monotonic()
 
     def close(self) -> None:
@@ -178,6 +190,10 @@ class MetricsLog:
         """To be called before a checkpoint is saved: what is logged up to its step must not be lost later."""
         self._metrics.flush()
         self._timing.flush()
+
+    def counts(self) -> dict[str, int]:
+        """How many lines each file has."""
+        return {"metrics.jsonl": self._metrics.count, "timing.jsonl": self._timing.count}
 
     def close(self) -> None:
         self._metrics.close()

@@ -22,32 +22,31 @@ import fsspec
 import jinja2
 
 from sftjax.charts import Series, line_chart, number, smooth
-from sftjax.errors import StorageError
 from sftjax.held_out import Difference
+from sftjax.utils import storage
 
 MAX_MASKS, MAX_PROMPTS, MAX_TEXT = 12, 12, 6000
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def write(folder: str) -> str:
+def write(folder: str, summary: Mapping[str, Any] | None = None) -> str:
     """Writes `report.html` into a run folder; returns its path.
+
+    Args:
+      summary: of a run that is about to be finished; else that of its summary.json.
 
     Raises:
       StorageError: it can't be written.
     """
     path = f"{folder}/report.html"
-    text = templates().get_template("report.html.j2").render(page(folder))
-    try:
-        with fsspec.open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise StorageError(f"{path}: can't be written ({error.strerror or error})") from error
+    text = templates().get_template("report.html.j2").render(page(folder, summary))
+    storage.write_text(path, text)
     return path
 
 
-def model_card(folder: str) -> str:
+def model_card(folder: str, summary: Mapping[str, Any] | None = None) -> str:
     """The README.md of the exported model, from the run's own numbers (no paths of this machine in it)."""
-    return templates().get_template("model_card.md.j2").render(_card(Run(folder)))
+    return templates().get_template("model_card.md.j2").render(_card(Run(folder, summary)))
 
 
 def templates() -> jinja2.Environment:
@@ -65,14 +64,21 @@ def templates() -> jinja2.Environment:
 
 
 class Run:
-    """What the files of a run folder hold; empty where they are missing or broken."""
+    """What the files of a run folder hold; empty where they are missing or broken.
 
-    def __init__(self, folder: str):
+    Args:
+      folder: the run's.
+      summary: of a run that is about to be finished, which has no summary.json yet.
+    """
+
+    def __init__(self, folder: str, summary: Mapping[str, Any] | None = None):
         self.folder = folder
         self.name = os.path.basename(folder.rstrip("/")) or folder
         self.summary, self.config, self.environment, self.preflight, self.model = (
             self._json(f"{name}.json") for name in ("summary", "config", "environment", "preflight", "model")
         )
+        if summary is not None:
+            self.summary = dict(summary)
         self.verification = self._json("verification.json") or self._json("export/verification.json")
         metrics = self._lines("metrics.jsonl")
         self.train = [line for line in metrics if "loss" in line]
@@ -113,9 +119,9 @@ class Run:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(folder: str) -> dict[str, Any]:
+def page(folder: str, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything that `report.html.j2` shows."""
-    run = Run(folder)
+    run = Run(folder, summary)
     return {
         "name": run.name,
         "subtitle": _subtitle(run),

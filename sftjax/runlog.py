@@ -101,6 +101,12 @@ class RunLog:
             for file in (self._metrics, self._samples, self._bad):
                 file.flush()
 
+    def counts(self) -> dict[str, int]:
+        """How many lines each file has; sealed in a checkpoint, so that a lost file is noticed."""
+        if not self._on:
+            return {}
+        return {**self._metrics.counts(), "samples.jsonl": self._samples.count, "nonfinite.jsonl": self._bad.count}
+
     def say(self, text: str) -> None:
         if self._on:
             self._line.note(text)

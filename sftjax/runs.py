@@ -1,11 +1,14 @@
 """The run folder: made, proved writable and locked before anything else; what a run was, and whether it may go on.
 
 with RunFolder.open("runs/sft") as run:
-    saved = run.read_json("config.json")
-    if saved: print(*check_resume(saved, config, run.read_json("environment.json")["fingerprints"], prints), sep="\\n")
+    print(*check_resume(sealed.settings, config, sealed.fingerprints, fingerprints), sep="\\n")
     run.write_json("config.json", config)
     ...
+    run.check_lines(restored.step, sealed["lines"])
     run.cut_back(restored.step)
+
+What the run was begun as (its identity: settings, fingerprints of what went in) is sealed in every checkpoint, and that
+is what a continuation is compared with; `config.json` and `environment.json` are for people.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import jax
 from sftjax import paths
 from sftjax.errors import ConfigError, StorageError
 from sftjax.lock import FolderLock
+from sftjax.utils import storage
 
 LINE_FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "nonfinite.jsonl")
 PACKAGES = (
@@ -81,6 +85,14 @@ class RunFolder:
     def file(self, name: str) -> str:
         return f"{self.path}/{name}"
 
+    def size(self, name: str) -> int:
+        """Bytes of a file of the run; 0 if there is none."""
+        files, path = fsspec.core.url_to_fs(self.file(name))
+        try:
+            return files.size(path) or 0
+        except FileNotFoundError:
+            return 0
+
     def read_json(self, name: str) -> Any:
         """The content of a JSON file of the run; None if there is none.
 
@@ -97,6 +109,14 @@ class RunFolder:
                 f"{self.file(name)}: can't be read ({error}); restore it or use another run_dir"
             ) from error
 
+    def read_derived(self, name: str) -> Any:
+        """The content of a JSON file that the run can make again; one that can't be read is put aside, and said."""
+        try:
+            return self.read_json(name)
+        except StorageError as error:
+            put_aside(self.file(name), str(error.__cause__))
+            return None
+
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file in one piece; secrets in it are blanked out."""
         self.write_text(name, json.dumps(redact(value), indent=2, default=str) + "\n")
@@ -104,7 +124,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Writes a file in one piece."""
         if self._writes:
-            write_text(self.file(name), text)
+            storage.write_text(self.file(name), text)
 
     def has_checkpoints(self) -> bool:
         """Whether anything was saved: a run that has no checkpoint, not even a damaged one, hasn't begun."""
@@ -114,6 +134,21 @@ class RunFolder:
         except (FileNotFoundError, NotADirectoryError):
             return False
         return any(name.isdigit() or name == "damaged" for name in names)
+
+    def check_lines(self, step: int, counts: Mapping[str, int], *, allow: Iterable[str] = ()) -> None:
+        """Compares what was logged up to `step` with the numbers of lines that its checkpoint has.
+
+        Raises:
+          ConfigError: lines are gone, and "logs" isn't allowed.
+        """
+        for name, wanted in counts.items():
+            found = sum(_line_step(line) <= step for line in _lines(self.file(name)))
+            if found >= wanted:
+                continue
+            what = f"{self.file(name)} has {found} of the {wanted} lines that were logged up to step {step}"
+            if "logs" not in allow:
+                raise ConfigError(f"{what}: put it back from a copy, or go on without them with --allow=logs")
+            print(f"continuing with a change: {what}")
 
     def cut_back(self, step: int | None) -> None:
         """Removes what was logged after `step` (None: everything), and a last line that was cut short, so that
@@ -181,37 +216,28 @@ def check_space(path: str, needed: int, what: str) -> None:
         )
 
 
-def write_text(path: str, text: str) -> None:
-    """Writes a file in one piece: a reader sees the old content or the new one.
+def put_aside(path: str, reason: str) -> None:
+    """Renames a file that can't be used to NAME.damaged, and says so."""
+    files, inside = fsspec.core.url_to_fs(path)
+    files.mv(inside, f"{inside}.damaged")
+    print(f"{path}: can't be read ({reason}); put aside as {os.path.basename(path)}.damaged and made again")
 
-    Raises:
-      StorageError: it can't be written.
-    """
+
+def _lines(path: str) -> list[bytes]:
+    """The lines of a file with their ends; none where there is no file."""
     try:
-        if "://" in path:  # objects appear whole
-            with fsspec.open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-            return
-        aside = f"{path}.{os.getpid()}.new"
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise StorageError(f"{path}: can't be written ({error.strerror or error})") from error
+        with fsspec.open(path, "rb") as file:
+            return file.read().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
 
 
 def cut_lines(path: str, step: int) -> int:
     """Keeps the lines of a JSONL file whose "step" is at most `step`; returns how many went."""
-    try:
-        with fsspec.open(path, "rb") as file:
-            lines = file.read().splitlines(keepends=True)
-    except FileNotFoundError:
-        return 0
+    lines = _lines(path)
     kept = [line for line in lines if line.endswith(b"\n") and _line_step(line) <= step]
     if len(kept) < len(lines):
-        write_text(path, b"".join(kept).decode("utf-8"))
+        storage.write_text(path, b"".join(kept).decode("utf-8"))
     return len(lines) - len(kept)
 
 
@@ -282,8 +308,24 @@ RESUME_RULES = (
     (r"train\.(trainable|optim)", "!the saved optimizer state belongs to other parameters"),
     (r"model\.(params_dtype|pad_vocab_to_multiple_of)", "!the saved parameters have another form"),
     (r"seed", "data"),
+    (r"fingerprint\.base", "weights"),  # of every bit of what isn't trained
     (r"fingerprint\.(\w+).*", r"\1"),
 )
+
+
+class Identity(NamedTuple):
+    """What a run was begun as; sealed in its checkpoints.
+
+    Attributes:
+      settings: its configuration, as nested dicts.
+      fingerprints: of "data", "template", "tokenizer", "weights" (by samples), and "base" (every bit of what isn't
+        trained, once it is loaded).
+      working_folder: what relative paths of the settings begin at.
+    """
+
+    settings: dict[str, Any]
+    fingerprints: dict[str, str]
+    working_folder: str
 
 
 class Change(NamedTuple):
@@ -336,8 +378,8 @@ def _verdict(field: str, rules) -> str:
 
 
 def check_resume(
-    saved_config: Mapping[str, Any],
-    config: Mapping[str, Any],
+    saved_settings: Mapping[str, Any],
+    settings: Mapping[str, Any],
     saved_fingerprints: Mapping[str, str],
     fingerprints: Mapping[str, str],
     *,
@@ -346,6 +388,7 @@ def check_resume(
     """Compares a run with what it was begun as.
 
     Args:
+      saved_settings, saved_fingerprints: of its `Identity`.
       fingerprints: of "data", "template", "tokenizer", "weights" (and more): a changed one must be allowed by its name.
       allow: the names given by --allow.
 
@@ -355,7 +398,7 @@ def check_resume(
     Raises:
       ConfigError: something differs that isn't allowed; the message lists it with the flag that would allow it.
     """
-    found = changes(saved_config, config)
+    found = changes(saved_settings, settings)
     found += changes({"fingerprint": dict(saved_fingerprints)}, {"fingerprint": dict(fingerprints)})
     allowed = set(allow)
     impossible = [change for change in found if change.verdict.startswith("!")]

@@ -26,7 +26,8 @@ from sftjax import finished, report, runs, train
 from sftjax.charts import Series, number, smooth
 from sftjax.errors import ConfigError, Diverged, Preempted, UserError
 from sftjax.job import check_finished
-from sftjax.weights.files import is_remote
+from sftjax.utils import storage
+from sftjax.utils.storage import is_remote
 
 MAX_CURVES = 8  # colours that an eye can tell apart
 STYLES = "abcdefgh"
@@ -197,9 +198,9 @@ def write(folder: str, results: Sequence[dict[str, Any]]) -> None:
     if not is_remote(folder):
         os.makedirs(folder, exist_ok=True)
     summary = {"best": best and best["name"], "runs": entries}
-    runs.write_text(f"{folder}/sweep.json", json.dumps(runs.redact(summary), indent=2) + "\n")
+    storage.write_text(f"{folder}/sweep.json", json.dumps(runs.redact(summary), indent=2) + "\n")
     page = report.templates().get_template("sweep.html.j2").render(_page(folder, summary, read))
-    runs.write_text(f"{folder}/sweep.html", page)
+    storage.write_text(f"{folder}/sweep.html", page)
     if all(entry["status"] != "waiting" for entry in entries):
         print(f"sweep:   {folder}/sweep.html" + (f"  (lowest held-out loss: {best['name']})" if best else ""))
 

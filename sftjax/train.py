@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -20,14 +21,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from sftjax import compat, divergence, finish, finished, plan, plan_fit, runs, samples, stopping, topology, tree
+from sftjax import (
+    compat,
+    digest,
+    finish,
+    finished,
+    plan,
+    plan_fit,
+    run_evaluation,
+    runs,
+    samples,
+    stopping,
+    topology,
+    tree,
+)
 from sftjax import config as config_lib
 from sftjax.data import pipeline as pipelines
-from sftjax.errors import ConfigError, Diverged
-from sftjax.evaluate import Patience, evaluate
-from sftjax.held_out import Evaluation
-from sftjax.job import Job, check_finished, load_variables, setup
+from sftjax.errors import Diverged
+from sftjax.evaluate import Patience
+from sftjax.job import Job, check_finished, load_variables, sealed_identity, setup
 from sftjax.runlog import RunLog
+from sftjax.utils import storage
 
 
 def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bool = False, preflight: str = "") -> int:
@@ -48,10 +62,15 @@ def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bo
         stopping.StopSignal(before_exit=folder.release) as stop,
     ):
         with stop.nothing_to_lose("preparing"):
-            if folder.read_json(finished.SUMMARY):
+            summary = folder.read_derived(finished.SUMMARY)
+            missing = finish.missing(folder, summary) if summary else []
+            if summary:
                 check_finished(config, folder)
+            if summary and not missing:
                 print(f"{folder.path}: this run is finished. Add --new to train again in a new folder.")
                 return 0
+            if missing:
+                print(f"{folder.path}: this run is finished, but {', '.join(missing)} isn't there (whole): made again")
             job = setup(config, folder, allow)
             step = plan.step_of(config, job.program, topology.here())
             print(plan.summary(step))
@@ -59,7 +78,7 @@ def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bo
                 print(too_large)
             if dry_run:
                 if preflight:
-                    runs.write_text(preflight, json.dumps(job.ledger, indent=2) + "\n")
+                    storage.write_text(preflight, json.dumps(job.ledger, indent=2) + "\n")
                 return 0
             state, frozen, progress = restore(job)
         job = dataclasses.replace(job, stop=stop)
@@ -80,7 +99,8 @@ def resume(run_dir: str, *, config=None, allow: Sequence[str] = (), dry_run: boo
     Raises:
       ConfigError: there is no run in that folder.
     """
-    saved = config_lib.of_run(run_dir)
+    sealed = sealed_identity(runs.RunFolder.open(run_dir, dry_run=True))
+    saved = config_lib.of_run(run_dir, sealed and sealed.settings)
     saved.run_dir = run_dir  # the folder may have been moved
     return run(saved if config is None else config, allow=allow, dry_run=dry_run, preflight=preflight)
 
@@ -111,6 +131,8 @@ class Progress:
     window: dict[str, float] = dataclasses.field(default_factory=dict)
     best: float = math.inf
     waited: int = 0
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # what is trained, from what, on what
+    lines: dict[str, int] = dataclasses.field(default_factory=dict)  # of each file that grows
 
     def to_json(self) -> dict[str, Any]:
         fields = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("step", "position")}
@@ -131,17 +153,36 @@ def restore(job: Job):
       (state, frozen leaves, progress).
     """
     with finish.open_checkpoints(job) as checkpoints:
+        if checkpoints.latest_step() is not None and job.measures and not run_evaluation.untrained_is_known(job):
+            print("what the untrained model scored can't be read: evaluated again")
+            state, frozen = job.program.init_state(load_variables(job))
+            run_evaluation.evaluate_all(job, state, frozen, 0)
+            del state, frozen  # before the trained ones take their place
         restored = checkpoints.restore(job.program.abstract_state)
     if restored is None:
         job.folder.cut_back(None)
         state, frozen = job.program.init_state(load_variables(job))
-        return state, frozen, Progress()
+        return state, frozen, Progress(identity=whole_identity(job, frozen))
     frozen = {}
     if job.program.abstract_frozen:
         _, frozen = tree.partition(load_variables(job), job.program.trainable_regex)
+    progress = Progress.from_json(restored.step, restored.position, restored.meta)
+    identity = whole_identity(job, frozen)
+    if (base := progress.identity.get("fingerprints", {}).get("base")) is not None:
+        now = {"base": identity["fingerprints"]["base"]}
+        for line in runs.check_resume({}, {}, {"base": base}, now, allow=job.allow):
+            print(line)
+    job.folder.check_lines(restored.step, progress.lines, allow=job.allow)
     job.folder.cut_back(restored.step)
     print(f"continuing from step {restored.step} of {job.total_steps}")
-    return restored.state, frozen, Progress.from_json(restored.step, restored.position, restored.meta)
+    return restored.state, frozen, dataclasses.replace(progress, identity=identity)
+
+
+def whole_identity(job: Job, frozen) -> dict[str, Any]:
+    """The run's identity, with a fingerprint of every bit of the frozen weights (computed where they are)."""
+    leaves = digest.digest(tree.flatten(frozen))
+    base = hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest() if leaves else ""
+    return job.identity._replace(fingerprints={**job.identity.fingerprints, "base": base})._asdict()
 
 
 # --- loop ----------------------------------------------------------------------------------------------------------
@@ -180,9 +221,11 @@ def loop(job: Job, state, frozen, progress: Progress):
                 with job.stop.nothing_to_lose("compiling"):
                     state, figures = jax.block_until_ready(job.program.train_step(state, frozen, batch))
                 compiled = True
+            checkpoints.poll()
             if pending:
                 record(job, progress, pending, log)
             progress.step += 1
+            storage.moment("step", progress.step)
             progress.position = item.position
             step = progress.step
             pending = (step, figures, item)
@@ -331,6 +374,7 @@ def save(job: Job, checkpoints, state, frozen, progress: Progress, patience: Pat
         stop_early = patience.update(-value if job.config.eval.greater_is_better else value)
         progress.best, progress.waited = patience.best, patience.waited
     log.flush()
+    progress.lines = log.counts()
     with log.throughput.pause():
         checkpoints.save(progress.step, state, progress.position, progress.to_json(), figures)
     return stop_early
@@ -341,64 +385,8 @@ def measure(job: Job, state, frozen, log, step: int) -> dict[str, float]:
     if not job.measures:
         return {}
     with log.throughput.pause():
-        variables, figures = tree.merge(state.trainable, frozen), {}
-        if job.held_out is not None:
-            evaluation = evaluate_held_out(job, job.held_out, state, frozen)
-            evaluation_to_file(job, evaluation, f"evaluation-{step}")
-            figures |= evaluation.metrics()
-        if job.plain_text is not None:
-            evaluation = evaluate_held_out(job, job.plain_text, state, frozen)
-            evaluation_to_file(job, evaluation, f"plain-text-{step}")
-            metrics = evaluation.metrics()
-            figures |= {f"plain_text_{name}": metrics[f"eval_{name}"] for name in ("loss", "perplexity")}
-        figures |= measure_drift(job, variables, step)
+        variables = tree.merge(state.trainable, frozen)
+        figures = run_evaluation.evaluate_all(job, state, frozen, step)
         log.evaluation(step, figures)
         log.samples(step, samples.answer(job.program, variables, job.opened.tokenizer, job.prompts, job.config.eval))
     return figures
-
-
-def measure_drift(job: Job, variables, step: int) -> dict[str, float]:
-    """KL to the base at the first answer tokens of the held-out samples; what the base says there is kept in a file."""
-    count = job.config.eval.kl_tokens
-    if not count or job.held_out is None:
-        return {}
-    path = job.folder.file("base-log-probabilities.npz")
-    if step and not os.path.exists(path):
-        if job.config.eval.metric_for_best_model == "kl_to_base":
-            raise ConfigError(
-                "eval.metric_for_best_model='kl_to_base' must be set from a run's start: the base is gone"
-            )
-        return {}
-    program = job.program
-    chosen = samples.first_samples(job.held_out, count)
-    values = divergence.log_probabilities(
-        program.config, program.runtime, variables, chosen, count, max_length=job.config.data.max_length
-    )
-    if step == 0:
-        if jax.process_index() == 0:
-            np.savez(path, values=values)
-        return {"kl_to_base": 0.0}
-    with np.load(path, allow_pickle=False) as file:
-        return {"kl_to_base": divergence.kl(file["values"], values)}
-
-
-def evaluate_held_out(job: Job, mixture, state, frozen) -> Evaluation:
-    """Held-out loss, in rows of `max_length` tokens: figures are by example, so packing doesn't change them."""
-    rows = job.config.eval.batch_size or job.batching["batch_size"]
-    strategy = job.batching["packing_strategy"]
-    pipeline = pipelines.build_eval(
-        mixture,
-        batch_size=rows,
-        packing_strategy="best_fit" if strategy == "padding_free" else strategy,
-        max_segments=job.config.data.max_segments,
-        rows=job.program.local_rows(rows),
-        **{name: job.batching[name] for name in ("length", "static_lengths", "overlong")},
-    )
-    with pipeline:
-        return evaluate(job.program, state.trainable, frozen, pipeline, mixture.names)
-
-
-def evaluation_to_file(job: Job, evaluation: Evaluation, name: str) -> None:
-    """Per-example sums, so that the difference to the end can be judged after a resume too."""
-    if jax.process_index() == 0:
-        evaluation.save(job.folder.file(f"{name}.npz"))

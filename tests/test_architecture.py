@@ -19,6 +19,7 @@ LAYERS = [
     {"plan"},
     {"job"},
     {"job_data", "chat", "finish", "inference"},
+    {"run_evaluation"},
     {"doctor", "evaluate", "loading", "samples", "score", "runlog", "topology"},
     {"generate", "report", "costs", "divergence", "finished"},
     {"program"},
@@ -32,10 +33,10 @@ LAYERS = [
     {"compat"},
     {"tree"},
 ]
-EVERYBODY = {"errors", "paths", "aliases", "arguments"}
+EVERYBODY = {"errors", "paths", "aliases", "arguments", "utils"}
 # each with the wings it may use beside numpy, Grain and the tokenizer
 WINGS = {"data": set(), "curate": {"data"}, "scorers": {"data", "curate"}}
-USE_WINGS = set().union(*LAYERS[:9])
+USE_WINGS = set().union(*LAYERS[:10])
 # the others take plain arguments
 USE_CONFIG = {
     "main",

@@ -14,8 +14,8 @@ import orjson
 
 from sftjax.assess.answering import Answers, Model
 from sftjax.assess.items import Item
-from sftjax.inference import written_whole
 from sftjax.scorers.matches import normalize
+from sftjax.utils import storage
 
 SAMPLES = 5
 CONFIDENT = 0.6  # share of the samples that say what the greedy answer says
@@ -72,5 +72,5 @@ def agrees(first: str, second: str) -> bool:
 
 
 def write(path: str, lines: Sequence[dict[str, Any]]) -> None:
-    with written_whole(path) as file:
+    with storage.whole_file(path) as file:
         file.writelines(orjson.dumps(line) + b"\n" for line in lines)

@@ -25,9 +25,9 @@ from sftjax import loading
 from sftjax.assess import recorded
 from sftjax.errors import ConfigError, DataError
 from sftjax.generate.sample import Generator
-from sftjax.inference import written_whole
 from sftjax.models import decoder
 from sftjax.score import TOKENS_PER_BATCH, batches
+from sftjax.utils import storage
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -217,7 +217,7 @@ def run(
         model, adapter, base = recorded.models_of(run_folder)
     manager = _manager(tasks, include_path)
     results: dict[str, Any] = {}
-    with written_whole(out) as file:
+    with storage.whole_file(out) as file:
         for name, which in (("base", (base, None)), ("model", (model, adapter))):
             if not which[0]:
                 continue

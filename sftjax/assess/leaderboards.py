@@ -12,7 +12,7 @@ import orjson
 
 from sftjax.assess.items import Item
 from sftjax.generate.answer import Output
-from sftjax.inference import written_whole
+from sftjax.utils import storage
 
 
 def write_alpaca_eval(path: str, items: Sequence[Item], outputs: Sequence[Sequence[Output]], *, generator: str) -> None:
@@ -27,7 +27,7 @@ def write_alpaca_eval(path: str, items: Sequence[Item], outputs: Sequence[Sequen
         }
         for item, turns in zip(items, outputs, strict=True)
     ]
-    with written_whole(path) as file:
+    with storage.whole_file(path) as file:
         file.write(json.dumps(rows, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
@@ -35,7 +35,7 @@ def write_mt_bench(path: str, items: Sequence[Item], outputs: Sequence[Sequence[
     """JSONL for FastChat's data/mt_bench/model_answer/NAME.jsonl, by question_id; rows without one are left out."""
     name, now = os.path.basename(model), time.time()
     asked = [(item, turns) for item, turns in zip(items, outputs, strict=True) if "question_id" in item.row]
-    with written_whole(path) as file:
+    with storage.whole_file(path) as file:
         for item, turns in sorted(asked, key=lambda pair: pair[0].row["question_id"]):
             number = item.row["question_id"]
             line = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from sftjax import paths, report
 from sftjax.errors import ConfigError
-from sftjax.inference import written_whole
+from sftjax.utils import storage
 
 FILE = "evaluations.jsonl"
 
@@ -45,7 +45,7 @@ def record(run: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             kept = [row for row in map(json.loads, file) if row["name"] != name]
-    with written_whole(path) as file:
+    with storage.whole_file(path) as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in [*kept, *({"name": name, **row} for row in rows)])
     report.write(run)
 

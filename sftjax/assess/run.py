@@ -23,10 +23,10 @@ from sftjax.assess.answering import Answers, Model
 from sftjax.assess.items import Item, read
 from sftjax.errors import ConfigError
 from sftjax.held_out import Evaluation, bootstrap_difference
-from sftjax.inference import written_whole
 from sftjax.scorers import Scorer, make_scorers
 from sftjax.scorers.statistics import bootstrap_mean, describe
 from sftjax.synth.teacher import UrlTeacher
+from sftjax.utils import storage
 
 KL_TOKENS = 256
 
@@ -98,7 +98,7 @@ def evaluate(
     items = read(data, limit=limit, system=system)
     _check(items, base, chosen, wanted)
     loading = {"dtype": dtype, "chat_template": chat_template, "batch_size": batch_size, "completion": completion}
-    with written_whole(out) as file:
+    with storage.whole_file(out) as file:
         before, contradictions = None, []
         if base is not None:
             before, contradictions = _base(base, items, loading, wanted, settings)
@@ -124,7 +124,7 @@ def evaluate(
         leaderboards.write_alpaca_eval(wanted.alpaca_eval, items, after.outputs, generator=model.name)
     if wanted.mt_bench:
         leaderboards.write_mt_bench(wanted.mt_bench, items, after.outputs, model=model.name)
-    with written_whole(summary_path(out)) as file:
+    with storage.whole_file(summary_path(out)) as file:
         file.write(json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
     if wanted.run:
         recorded.record(wanted.run, wanted.run_name, recorded.of_summary(summary))

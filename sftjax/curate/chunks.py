@@ -22,6 +22,7 @@ from sftjax.curate import contamination, dedup, personal, rules, tasks, text
 from sftjax.data import processes
 from sftjax.data.types import RowError
 from sftjax.errors import ConfigError, DataError, StorageError
+from sftjax.utils import storage
 
 ROWS = 1000  # in a chunk
 VERSION = 2  # of what a chunk's file holds
@@ -157,12 +158,7 @@ def save(path: Path, found: Mapping[str, Any]) -> None:
     others = {name: value for name, value in found.items() if name not in arrays}
     buffer = io.BytesIO()
     np.savez(buffer, others=np.frombuffer(orjson.dumps(others), np.uint8), **arrays)
-    aside = path.with_suffix(f".{os.getpid()}")
-    try:
-        aside.write_bytes(buffer.getbuffer())
-        aside.rename(path)
-    except OSError as error:
-        raise StorageError(f"{path.parent} can't be written: {error.strerror}") from None
+    storage.write_bytes(path, buffer.getvalue())
 
 
 def load(path: Path) -> dict[str, Any]:

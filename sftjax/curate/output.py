@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
-from sftjax.errors import DataError, StorageError
+from sftjax.errors import DataError
+from sftjax.utils.storage import whole_file
 
 BATCH = 1000  # rows of a Parquet row group
 
 Row = dict[str, Any]
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when it is complete."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            yield file
-        aside.rename(path)
-    except OSError as error:
-        raise StorageError(f"{path} can't be written: {error.strerror or error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def write_lines(path: Path, rows: Iterable[Row]) -> int:
     """One JSON object a line; returns how many."""
     count = 0
-    with whole(path) as file:
+    with whole_file(path) as file:
         for row in rows:
             file.write(orjson.dumps(row, default=str) + b"\n")
             count += 1
@@ -58,7 +43,7 @@ def write_parquet(path: Path, rows: Callable[[], Iterable[Row]]) -> int:
             schema = found if schema is None else pyarrow.unify_schemas([schema, found], promote_options="permissive")
         count = 0
         with (
-            whole(path) as file,
+            whole_file(path) as file,
             parquet.ParquetWriter(file, schema or pyarrow.schema([]), compression="zstd") as writer,
         ):
             for batch in _batches(rows()):
@@ -85,8 +70,3 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 def row_hash(row: Row) -> str:
     """Hex digest of a row's content, whatever the order of its keys."""
     return hashlib.sha256(orjson.dumps(row, default=str, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    with whole(path) as file:
-        file.write(text.encode())

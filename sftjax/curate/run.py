@@ -26,6 +26,7 @@ from sftjax.curate.settings import Settings
 from sftjax.data.files import digest, hash_file
 from sftjax.data.sources import open_source
 from sftjax.errors import ConfigError, StorageError
+from sftjax.utils import storage
 
 _STATE = ".work"
 
@@ -69,10 +70,10 @@ def curate(settings: Settings, *, dry_run: bool = False, say: Callable[[str], No
     if not dry_run:
         found["output"] = _write_kept(folder, settings, inputs, rows, decision)
     found["seconds"] = round(time.monotonic() - started, 1)
-    output.write_text(folder / "curation.json", orjson.dumps(found, option=orjson.OPT_INDENT_2, default=str).decode())
-    output.write_text(folder / "curation.html", report.page(found))
+    storage.write_text(folder / "curation.json", orjson.dumps(found, option=orjson.OPT_INDENT_2, default=str).decode())
+    storage.write_text(folder / "curation.html", report.page(found))
     if not dry_run:
-        output.write_text(folder / "dataset_card.md", report.card(found))
+        storage.write_text(folder / "dataset_card.md", report.card(found))
     shutil.rmtree(folder / _STATE, ignore_errors=True)
     return found
 

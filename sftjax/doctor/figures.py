@@ -9,6 +9,7 @@ import os
 import re
 import statistics
 import zipfile
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sftjax import held_out, paths, report
@@ -46,8 +47,8 @@ class Course(NamedTuple):
 class Figures:
     """A run as the rules see it: the files of its folder, and figures made of them."""
 
-    def __init__(self, folder: str):
-        self.run = report.Run(folder)
+    def __init__(self, folder: str, summary: Mapping[str, Any] | None = None):
+        self.run = report.Run(folder, summary)
         self.preflight, self.summary, self.model = self.run.preflight, self.run.summary, self.run.model
         self.train = [line for line in self.run.train if _is_number(line.get("loss"))]
         self.evals = [line for line in self.run.evals if _is_number(line.get("eval_loss"))]
@@ -135,10 +136,8 @@ class Figures:
         paths = [os.path.join(self.run.folder, f"{kind}-{step}.npz") for step in (first, last)]
         try:
             found = [held_out.load(path) for path in paths]
-            if None in found:
-                return None
             return held_out.compare(*(one.of_source(source) if source else one for one in found))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # torn, or the examples changed in between
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # gone, torn, or the examples changed in between
             return None
 
     @property

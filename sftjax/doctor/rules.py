@@ -6,8 +6,8 @@ findings the first explains most. Thresholds are there to keep a healthy run sil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from sftjax.doctor import answers, running, training
 from sftjax.doctor.figures import Figures, Verdict
@@ -49,14 +49,18 @@ class Finding(NamedTuple):
     remedy: str
 
 
-def diagnose(folder: str) -> list[Finding]:
+def diagnose(folder: str, summary: Mapping[str, Any] | None = None) -> list[Finding]:
     """What is wrong with a run, the likeliest cause first; empty for a healthy one. Files that aren't there (yet) leave
     out what would be read from them.
+
+    Args:
+      folder: the run's.
+      summary: of a run that is about to be finished, which has no summary.json yet.
 
     Raises:
       ConfigError: it is no run's folder.
     """
-    figures = Figures(str(folder))
+    figures = Figures(str(folder), summary)
     if not figures.run.config:
         raise ConfigError(f"{folder}: no config.json that can be read, so this is no run's folder")
     found = [(rule.__name__, rule(figures)) for rule in RULES]

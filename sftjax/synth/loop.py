@@ -24,13 +24,14 @@ import numpy as np
 import orjson
 
 from sftjax import chat
-from sftjax.curate.output import write_lines, write_text
+from sftjax.curate.output import write_lines
 from sftjax.errors import ConfigError, DataError, StorageError
 from sftjax.scorers.make import make_scorer
 from sftjax.scorers.statistics import bootstrap_mean
 from sftjax.synth import run
 from sftjax.synth.memory import check_settings
 from sftjax.synth.teacher import Sampling
+from sftjax.utils.storage import write_text
 
 _MAY_CHANGE = ("output", "seeds", "control")  # between two runs in one folder
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,9 +18,9 @@ from typing import Any
 
 import orjson
 
-from sftjax.curate.output import write_text
 from sftjax.errors import ConfigError, StorageError
 from sftjax.lock import FolderLock
+from sftjax.utils.storage import write_text
 
 FILE = "calls.jsonl"
 SETTINGS = "settings.json"

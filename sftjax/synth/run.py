@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from sftjax import chat, loading
-from sftjax.curate.output import write_lines, write_text
+from sftjax.curate.output import write_lines
 from sftjax.data.sources import open_source
 from sftjax.errors import ConfigError
 from sftjax.synth import distill, evol_instruct, rejection, self_instruct
@@ -20,6 +20,7 @@ from sftjax.synth.memory import Memory
 from sftjax.synth.rejection import Made
 from sftjax.synth.rewards import make_reward
 from sftjax.synth.teacher import LocalTeacher, Sampling, Teacher, UrlTeacher, query_prefix
+from sftjax.utils.storage import write_text
 
 ROWS, PAIRS, REPORT = "rows.jsonl", "pairs.jsonl", "report.json"
 

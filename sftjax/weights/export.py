@@ -25,6 +25,7 @@ import sftjax
 from sftjax import tree
 from sftjax.errors import ConfigError, StorageError
 from sftjax.models.config import ModelConfig
+from sftjax.utils import storage
 from sftjax.weights import companions, families, rules, safetensors
 from sftjax.weights.files import Folder, copy_converted, is_remote
 from sftjax.weights.hf import ModelFiles
@@ -240,10 +241,12 @@ def _target(directory: str | os.PathLike) -> Iterator[_Target]:
     _barrier("export written")
     if jax.process_index() == 0:
         _sync(partial)
+        storage.moment("export renaming", str(final))
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
+        storage.moment("export between", str(final))
         partial.rename(final)
         _sync(final.parent)
         shutil.rmtree(old, ignore_errors=True)

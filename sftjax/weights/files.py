@@ -15,12 +15,9 @@ import fsspec
 import numpy as np
 
 from sftjax.errors import ConfigError, StorageError
+from sftjax.utils.storage import is_remote
 
 _PLAIN_NAME = re.compile(r"[\w][\w.\-]{0,200}", re.ASCII)
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    return "://" in str(path)
 
 
 class Folder:
@@ -79,23 +76,6 @@ class Folder:
         root = Path(self._root)
         cached = root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
         return [self._root, str(root.parent.parent / "blobs")] if cached else [self._root]
-
-
-def write_file(directory: str | os.PathLike, name: str, content: bytes) -> None:
-    """Writes a small file into a folder (local or remote): aside first, then renamed, so it is whole or not there.
-
-    Raises:
-      StorageError: it can't be written.
-    """
-    try:
-        filesystem, root = fsspec.core.url_to_fs(str(directory))
-        target = f"{root.rstrip('/')}/{name}"
-        filesystem.makedirs(os.path.dirname(target), exist_ok=True)
-        with filesystem.open(f"{target}.partial", "wb") as out:
-            out.write(content)
-        filesystem.mv(f"{target}.partial", target)
-    except OSError as error:
-        raise StorageError(f"{directory}/{name}: can't be written ({error.strerror or error})") from error
 
 
 class RangeFile:

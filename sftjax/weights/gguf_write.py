@@ -310,9 +310,7 @@ def _differences(ours: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, 
 # -------------------------------------------------------------------------------------------------------- tensors
 
 
-def _tensors(
-    config: ModelConfig, architecture: Architecture, model_type: str
-) -> Iterator[tuple[str, rules.Tensor]]:
+def _tensors(config: ModelConfig, architecture: Architecture, model_type: str) -> Iterator[tuple[str, rules.Tensor]]:
     """(name in the file, what it is made of)."""
     layout = "stacked" if config.experts is not None else families.FAMILIES[model_type].layout
     table = rules.tensors(config, layout)

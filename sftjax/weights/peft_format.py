@@ -30,6 +30,7 @@ from sftjax import tree
 from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig, layer_address
 from sftjax.peft.spec import AdapterSpec
+from sftjax.utils import storage
 from sftjax.weights import files, peft_settings, rules, safetensors
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -90,8 +91,8 @@ def save_adapter(
     tensors |= _export_copies(flat, spec, config, layout, set(exported))
     tensors = {name: np.ascontiguousarray(leaf.astype(dtype)) for name, leaf in tensors.items()}
     settings = peft_settings.write(spec, config, [module.name for module in modules], exported, base_model)
-    files.write_file(directory, WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    files.write_file(directory, CONFIG, (json.dumps(settings, indent=2, sort_keys=True)).encode())
+    storage.write_bytes(f"{directory}/{WEIGHTS}", save(tensors, metadata={"format": "pt"}))
+    storage.write_text(f"{directory}/{CONFIG}", json.dumps(settings, indent=2, sort_keys=True))
 
 
 def load_adapter(
