@@ -42,6 +42,57 @@ CHOICES = {
     "export.checkpoint": ("best", "last"),
 }
 
+# What a number may be, as mathematicians write it; every other float has to be finite at least.
+RANGES = {
+    "model.scan_unroll": "[1, inf)",
+    "model.attention_dropout": "[0, 1)",
+    "model.residual_dropout": "[0, 1)",
+    "model.embedding_dropout": "[0, 1)",
+    "model.pad_vocab_to_multiple_of": "[1, inf)",
+    "data.replay_share": "[0, 1)",
+    "data.mixing_temperature": "(0, inf)",
+    "data.eval_fraction": "[0, 1)",
+    "data.max_eval_rows": "[0, inf)",
+    "data.packing_bins": "[0, inf)",
+    "data.static_lengths": "[1, inf)",
+    "data.max_dropped_fraction": "[0, 1]",
+    "data.workers": "[0, inf)",
+    "data.preflight_rows": "[1, inf)",
+    "train.batch_tokens": "[0, inf)",
+    "train.gradient_accumulation_steps": "[1, inf)",
+    "train.num_train_epochs": "[0, inf)",
+    "train.max_steps": "[0, inf)",
+    "train.learning_rate": "[0, inf)",
+    "train.min_lr_ratio": "[0, 1]",
+    "train.decay_ratio": "[0, 1]",
+    "train.warmup_ratio": "[0, 1]",
+    "train.warmup_steps": "[0, inf)",
+    "train.adam_beta1": "[0, 1)",
+    "train.adam_beta2": "[0, 1)",
+    "train.adam_epsilon": "[0, inf)",
+    "train.weight_decay": "[0, inf)",
+    "train.max_grad_norm": "[0, inf)",
+    "train.neftune_noise_alpha": "[0, inf)",
+    "train.max_nonfinite_steps": "[1, inf)",
+    "train.logging_steps": "[1, inf)",
+    "peft.r": "[1, inf)",
+    "peft.lora_dropout": "[0, 1)",
+    "peft.loraplus_lr_ratio": "(0, inf)",
+    "peft.bottleneck_size": "[1, inf)",
+    "eval.eval_steps": "[0, inf)",
+    "eval.batch_size": "[0, inf)",
+    "eval.early_stopping_patience": "[0, inf)",
+    "eval.kl_tokens": "[0, inf)",
+    "eval.num_samples": "[0, inf)",
+    "eval.max_new_tokens": "[1, inf)",
+    "eval.temperature": "[0, inf)",
+    "eval.top_k": "[0, inf)",
+    "eval.top_p": "(0, 1]",
+    "eval.repetition_penalty": "(0, inf)",
+    "checkpoint.save_steps": "[0, inf)",
+    "checkpoint.save_total_limit": "[1, inf)",
+}
+
 
 def defaults() -> ConfigDict:
     """A complete, locked configuration; `model.path` and `data.train` are what a run must set."""
@@ -295,6 +346,8 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
         if not condition:
             problems.append(message)
 
+    require(bool(config.run_dir.strip()), "run_dir is empty: give the folder that the run is kept in")
+    problems += _numbers(config)
     for path, choices in CHOICES.items():
         group, field = path.split(".")
         require(config[group][field] in choices, f"{path}={config[group][field]!r}: choose one of {', '.join(choices)}")
@@ -307,7 +360,6 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
     )
     rows, micro = rows_per_step(config), config.train.gradient_accumulation_steps
     require(rows >= 1, f"train.batch_tokens={config.train.batch_tokens} is less than one sequence of {length}")
-    require(micro >= 1, f"train.gradient_accumulation_steps={micro} must be at least 1")
     shape = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor", "context", "expert")}
     batch_shards = _batch_shards(shape, num_devices, require)
     if micro >= 1 and rows >= 1 and batch_shards:
@@ -322,15 +374,10 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
             f"(mesh.data x mesh.fsdp): make train.batch_size a multiple of {micro * batch_shards}, or lower mesh.fsdp",
         )
     require(config.data.max_segments >= 2, "data.max_segments must be at least 2: the padding is a segment of its own")
-    require(config.data.static_lengths >= 1, f"data.static_lengths={config.data.static_lengths} must be at least 1")
-    require(0 <= config.data.eval_fraction < 1, f"data.eval_fraction={config.data.eval_fraction} is not in [0, 1)")
     require(
         config.train.max_steps > 0 or config.train.num_train_epochs > 0,
         "set train.num_train_epochs or train.max_steps above 0",
     )
-    require(config.train.learning_rate >= 0, f"train.learning_rate={config.train.learning_rate} is negative")
-    for field in ("min_lr_ratio", "decay_ratio", "warmup_ratio"):
-        require(0 <= config.train[field] <= 1, f"train.{field}={config.train[field]} is not in [0, 1]")
     bottleneck = config.peft.method in ("houlsby", "pfeiffer")
     require(
         not (bottleneck and config.export.enabled),
@@ -341,7 +388,6 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
         config.peft.quantization == "none" or config.peft.method != "none",
         f"peft.quantization={config.peft.quantization} freezes the base: choose a peft.method to train beside it",
     )
-    require(config.peft.r >= 1, f"peft.r={config.peft.r} must be at least 1")
     require(
         not (config.eval.early_stopping_patience and not config.eval.eval_steps),
         "eval.early_stopping_patience needs eval.eval_steps",
@@ -362,6 +408,27 @@ def _check_fields(config: ConfigDict) -> None:
     for name in there:
         if name not in wanted and name.rpartition(".")[0] not in wanted:  # that of an empty group, such as no fields
             raise ConfigError(no_field(name, wanted))
+
+
+def _numbers(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Of each number that can't be: the field, its value, and what it may be."""
+    problems = []
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, ConfigDict):
+            problems += _numbers(value, f"{path}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            interval = RANGES.get(path, "(-inf, inf)" if isinstance(value, float) else "")
+            if interval and not _inside(value, interval):
+                problems.append(f"{path}={value} is not in {interval}")
+    return problems
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (low <= value if interval[0] == "[" else low < value) and (
+        value <= high if interval[-1] == "]" else value < high
+    )
 
 
 def _batch_shards(shape: dict[str, int], num_devices: int, require) -> int:

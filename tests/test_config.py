@@ -1,6 +1,8 @@
 """The schema: locked, close misspellings answered, fields checked against each other."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +44,7 @@ def test_defaults_are_valid_once_model_and_data_are_named():
         ("peft.method", "houlsby", "set export.enabled=False"),
         ("peft.bottleneck_activation", "swish", "choose one of relu"),
         ("train.decay_ratio", 1.5, r"train\.decay_ratio=1\.5 is not in"),
-        ("data.static_lengths", 0, "must be at least 1"),
+        ("data.static_lengths", 0, r"data\.static_lengths=0 is not in \[1, inf\)"),
         ("train.loss_reduction", "mean", "choose one of token, example"),
     ],
 )
@@ -98,3 +100,32 @@ def test_every_config_file_is_valid_on_one_device_and_on_eight(path):
         if config_lib.rows_per_step(config) // config.train.gradient_accumulation_steps % devices:
             continue  # made for one device: a sequence or a few at a time
         config_lib.check(config, num_devices=devices)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("run_dir", " "),
+        ("train.learning_rate", math.inf),
+        ("train.learning_rate", math.nan),
+        ("train.learning_rate", -1e-5),
+        ("train.weight_decay", math.inf),
+        ("train.adam_beta2", 1.0),
+        ("train.logging_steps", 0),
+        ("peft.lora_alpha", math.nan),
+        ("model.residual_dropout", 1.0),
+        ("eval.top_p", 0.0),
+        ("checkpoint.save_steps", -1),
+    ],
+)
+def test_numbers_that_cannot_be_are_named_with_what_they_may_be(field, value):
+    settings = valid()
+    settings.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=re.escape(field)) as refused:
+        config_lib.check(settings, num_devices=1)
+    assert "is not in" in str(refused.value) or "is empty" in str(refused.value)
+
+
+def test_each_range_is_of_a_field_and_holds_its_default():
+    assert set(config_lib.RANGES) <= set(config_lib.field_names(config_lib.defaults()))
+    config_lib.check(valid(), num_devices=1)

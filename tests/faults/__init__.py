@@ -1,1 +1,0 @@
-"""The real program, one fault at one named moment, started again, and compared with a run that nobody disturbed."""
