@@ -13,6 +13,7 @@ import numpy as np
 
 from sftjax.data.types import Sample
 
+FLAGS_KEPT, OTHER_FLAGS = 100, "others"  # kinds of flags told apart; the rest are counted together
 ROWS_KEPT = 20  # row numbers written down per reason; the count goes on
 
 COUNTERS = (
@@ -39,6 +40,7 @@ class Ledger:
 
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
+        self.details: dict[str, str] = {}  # reason -> what was said of the first row, since this run began
         self._counts = [dict.fromkeys(COUNTERS, 0) for _ in self.names]
         self._flags: list[dict[str, int]] = [{} for _ in self.names]
         # reason -> (count, first rows). Entries are replaced, never changed in place: snapshots share them.
@@ -52,11 +54,15 @@ class Ledger:
 
     def flag(self, source: int, flags: Iterable[str]) -> None:
         """Counts the flags of a sample."""
+        counts = self._flags[source]
         for flag in flags:
-            self._flags[source][flag] = self._flags[source].get(flag, 0) + 1
+            if flag not in counts and len(counts) >= FLAGS_KEPT:  # data name columns and keys as they like
+                flag = OTHER_FLAGS
+            counts[flag] = counts.get(flag, 0) + 1
 
-    def drop(self, source: int, row: int, reason: str) -> None:
-        """Writes down that row `row`, or a sample of it, was dropped because of `reason`."""
+    def drop(self, source: int, row: int, reason: str, detail: str = "") -> None:
+        """Writes down that row `row`, or a sample of it, was dropped because of `reason`; of the first one `detail`."""
+        self.details.setdefault(reason, detail)
         count, rows = self._dropped[source].get(reason, (0, ()))
         if len(rows) < ROWS_KEPT and row not in rows:
             rows = (*rows, row)

@@ -23,6 +23,7 @@ from sftjax.data import conservation, formats, packing
 from sftjax.data.bins import Bins
 from sftjax.data.ledger import Ledger
 from sftjax.data.mixture import ENDLESS, Ingredient, Mixture
+from sftjax.data.preview import visible
 from sftjax.data.stream import account, explain_drops
 from sftjax.data.types import RowError
 from sftjax.data.workers import EncodedRow, encode_rows
@@ -91,6 +92,7 @@ class Preflight:
     per_source: dict[str, dict[str, Any]]
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    details: dict[str, str] = field(default_factory=dict)  # reason -> what was said of the first row dropped for it
     survey: Survey | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +125,8 @@ class Preflight:
         for reason, entry in self.dropped.items():
             rows = "; ".join(f"{name} {', '.join(map(str, rows[:5]))}" for name, rows in entry["rows"].items())
             lines.append((f"  {reason}", f"{entry['count']:,}: row {rows}"))
+            if detail := self.details.get(reason):
+                lines.append(("", visible(detail)))
         for kind, entry in self.lost.items():
             refused = f", {entry['refused']:,} refused" if entry["refused"] else ""
             lines.append((f"  {kind}", f"{entry['share']:.1%} of the rows{refused}: {entry['example']}"))
@@ -368,6 +372,7 @@ class Survey:
             steps=planned,
             tokens_to_come=tokens_to_come,
             per_source=self._per_source(),
+            details=dict(ledger.details),
             survey=self,
         )
         report.problems = _problems(report, self)

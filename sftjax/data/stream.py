@@ -240,7 +240,7 @@ def account(ledger: Ledger, row: EncodedRow, length: int, overlong: str, locatio
     source = row.source
     ledger.add(source, rows=1)
     if row.error is not None:
-        ledger.drop(source, row.row, row.error[0])
+        ledger.drop(source, row.row, *row.error)
     pieces: list[Sample] = []
     for sample in row.samples:
         ledger.flag(source, sample.flags)
@@ -293,4 +293,10 @@ def explain_drops(ledger: Ledger) -> str:
     for reason, entry in sorted(ledger.reasons().items(), key=lambda item: -item[1]["count"]):
         name, rows = next(iter(entry["rows"].items()))
         parts.append(f"{reason} ({entry['count']}; {name} row {', '.join(map(str, rows[:3]))})")
-    return "; ".join(parts) or "no reason given"
+    return ("; ".join(parts) or "no reason given") + _said_of_most(ledger)
+
+
+def _said_of_most(ledger: Ledger) -> str:
+    """What was said of a row with the most frequent reason."""
+    most = max(ledger.reasons().items(), key=lambda item: item[1]["count"], default=("", {}))[0]
+    return f" ({most}: {detail})" if (detail := ledger.details.get(most)) else ""
