@@ -220,6 +220,7 @@ def defaults() -> ConfigDict:
     config.export.enabled = True
     config.export.dtype = "bfloat16"
     config.export.merge = False  # fold a LoRA adapter into the weights
+    config.export.text_only = False  # of a multimodal model, its language model alone
     config.export.merge_into = "dequantized"  # the base that a quantised one was trained as, or the original weights
     config.export.checkpoint = "best"
 

@@ -20,7 +20,9 @@ from sftjax.peft import merge
 from sftjax.weights import export, families, gguf, gguf_write, hf, peft_format
 
 
-def convert(source: str, target: str, *, adapter: str | None = None, dtype: str | None = None) -> list[str]:
+def convert(
+    source: str, target: str, *, adapter: str | None = None, dtype: str | None = None, text_only: bool = False
+) -> list[str]:
     """Writes `target`, a folder that `transformers` loads, or a .gguf file.
 
     Args:
@@ -28,6 +30,7 @@ def convert(source: str, target: str, *, adapter: str | None = None, dtype: str 
       adapter: PEFT folder to merge (in float32).
       dtype: of the tensors; None: as the source has them (bfloat16 for GGUF; what the run's config says). For a
         .gguf file "float16", "bfloat16" (None) or "q8_0".
+      text_only: of a multimodal model, its language model alone (a .gguf file always is).
 
     Returns:
       The names of the files written.
@@ -36,7 +39,7 @@ def convert(source: str, target: str, *, adapter: str | None = None, dtype: str 
         raise ConfigError("q8_0 is a format of .gguf files; give --to a name that ends so")
     run = _run_of(source)
     if run is not None:
-        return _convert_run(*run, target, adapter, dtype)
+        return _convert_run(*run, target, adapter, dtype, text_only)
     files = hf.open_model(source)
     if target.endswith(".gguf"):
         params = hf.load_params(files, files.config, "float32")
@@ -47,7 +50,13 @@ def convert(source: str, target: str, *, adapter: str | None = None, dtype: str 
     params = hf.load_params(files, files.config, widest)
     if not adapter:
         return export.export_model(
-            target, files.config, params, dtype=dtypes, source=files, tokenizer=_tokenizer_files(files)
+            target,
+            files.config,
+            params,
+            dtype=dtypes,
+            source=files,
+            tokenizer=_tokenizer_files(files),
+            text_only=text_only,
         )
     config, params, tokenizer = _merged(params, adapter, files)
     return export.export_model(
@@ -58,6 +67,7 @@ def convert(source: str, target: str, *, adapter: str | None = None, dtype: str 
         source=files,
         tokenizer=_tokenizer_files(files) if tokenizer is None else tokenizer.files(),
         stop_ids=() if tokenizer is None else tokenizer.stop_ids,
+        text_only=text_only,
     )
 
 
@@ -112,7 +122,9 @@ def _run_of(source: str) -> tuple[Path, int | None] | None:
     return None
 
 
-def _convert_run(run: Path, step: int | None, target: str, adapter: str | None, dtype: str | None) -> list[str]:
+def _convert_run(
+    run: Path, step: int | None, target: str, adapter: str | None, dtype: str | None, text_only: bool
+) -> list[str]:
     if adapter:
         raise ConfigError("--adapter goes with a model; a run's own adapter is merged without being named")
     config = config_lib.of_run(str(run))
@@ -134,6 +146,7 @@ def _convert_run(run: Path, step: int | None, target: str, adapter: str | None, 
         source=opened.files,
         tokenizer=opened.tokenizer.files(),
         stop_ids=opened.tokenizer.stop_ids,
+        text_only=text_only or config.export.text_only,
     )
 
 

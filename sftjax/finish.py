@@ -164,6 +164,7 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
             source=opened.files,
             tokenizer=opened.tokenizer.files(),
             stop_ids=opened.tokenizer.stop_ids,
+            text_only=config.export.text_only,
         )
         expected = {"params": jax.tree.map(lambda leaf: leaf.astype(dtype), params)}
         read = hf.load_config(folder)

@@ -82,7 +82,12 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     job_data.check_sources(config)
     opened = open_model(config)
     model_config = grown(config, opened)
-    families.check_writable(model_config, opened.files.raw_config)
+    families.check_writable(model_config, opened.files.raw_config, text_only=config.export.text_only)
+    if opened.files.is_wrapped and config.export.enabled and config.peft.method != "none" and not config.export.merge:
+        raise ConfigError(
+            "export.merge=False: an adapter beside a multimodal model would be named for its language model alone, and "
+            "be dropped where the whole is loaded: set export.merge=True (with export.text_only=True for the former)"
+        )
     if opened.files.ignored:
         print(f"config.json: no use of {', '.join(opened.files.ignored)}, here as in transformers")
     mixture, held_out = job_data.open_data(config, opened.tokenizer)

@@ -33,11 +33,12 @@ def main() -> int:
         choices=("float32", "bfloat16", "float16", "q8_0"),
         help="of the tensors (default: as in the source; bfloat16 from and to GGUF); q8_0 to .gguf only",
     )
+    parser.add_argument("--text_only", action="store_true", help="of a multimodal model, its language model alone")
     args = parser.parse_args()
 
     from sftjax.convert import convert
 
-    names = convert(args.source, args.to, adapter=args.adapter, dtype=args.dtype)
+    names = convert(args.source, args.to, adapter=args.adapter, dtype=args.dtype, text_only=args.text_only)
     print(f"{args.to}: {', '.join(names)}")
     return 0
 

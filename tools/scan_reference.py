@@ -15,9 +15,9 @@ from sftjax.errors import exit_with_message
 
 def main() -> int:
     Parser(description=__doc__).parse_args()
-    from sftjax.weights import families, reference_scan
+    from sftjax.weights import families, reference_scan, wrappers
 
-    reference_scan.write(families.FAMILIES)
+    reference_scan.write([*families.FAMILIES, *wrappers.TEXT_ALIASES])
     return 0
 
 

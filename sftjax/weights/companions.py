@@ -13,7 +13,10 @@ from typing import Any
 
 from sftjax.models.config import ModelConfig
 from sftjax.weights import families
+from sftjax.weights.files import Folder
 from sftjax.weights.hf import ModelFiles
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def files(
@@ -23,6 +26,7 @@ def files(
     source: ModelFiles | None = None,
     tokenizer: Mapping[str, bytes] | None = None,
     stop_ids: Sequence[int] = (),
+    text_only: bool = False,
 ) -> dict[str, bytes]:
     """The small files of an export, by their names in its folder: tokenizer, generation_config.json, config.json.
 
@@ -33,6 +37,7 @@ def files(
         are carried on.
       tokenizer: the tokenizer's files, by name.
       stop_ids: tokens that end an answer; they go to generation_config.json.
+      text_only: of a multimodal model, its language model alone.
 
     Raises:
       ConfigError: the configuration can't be expressed.
@@ -41,7 +46,11 @@ def files(
     out = dict(tokenizer or {})
     raw: dict[str, Any] = {} if source is None else dict(source.raw_config)
     if config is not None:
-        raw = families.write_config(config, dtype=dtype, like=None if source is None else source.raw_config)
+        like = None if source is None else source.raw_config
+        raw = families.write_config(config, dtype=dtype, like=like, text_only=text_only)
+        if source is not None and source.is_wrapped and not text_only:
+            folder = Folder(source.path)
+            out |= {name: folder.read_bytes(name) for name in folder.names() if name in _PROCESSOR_FILES}
         out["config.json"] = to_json(raw | {"transformers_version": version})
     out["generation_config.json"] = to_json(_generation(raw, source, stop_ids) | {"transformers_version": version})
     return out

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 import jax
@@ -26,7 +26,7 @@ from sftjax import tree
 from sftjax.errors import ConfigError, StorageError
 from sftjax.models.config import ModelConfig
 from sftjax.utils import storage
-from sftjax.weights import companions, families, rules, safetensors
+from sftjax.weights import companions, families, hf, rules, safetensors, wrappers
 from sftjax.weights.files import Folder, copy_converted, is_remote
 from sftjax.weights.hf import ModelFiles
 
@@ -43,6 +43,7 @@ def export_model(
     tokenizer: Mapping[str, bytes] | None = None,
     stop_ids: Sequence[int] = (),
     shard_bytes: float = 5e9,
+    text_only: bool = False,
 ) -> list[str]:
     """Writes a model folder: weights, config.json, generation_config.json, tokenizer, README.md.
 
@@ -56,6 +57,7 @@ def export_model(
       tokenizer: the tokenizer's files, by name.
       stop_ids: tokens that end an answer; they go to generation_config.json.
       shard_bytes: the largest weight file.
+      text_only: of a multimodal model, its language model alone.
 
     Returns:
       The names of the files.
@@ -67,18 +69,24 @@ def export_model(
     config = families.exported(config)
     dtypes = {} if not isinstance(dtype, Mapping) else {name: np.dtype(kind) for name, kind in dtype.items()}
     default = np.dtype(dtype) if not dtypes else max(set(dtypes.values()), key=list(dtypes.values()).count)
-    beside = companions.files(config, dtype=default.name, source=source, tokenizer=tokenizer, stop_ids=stop_ids)
-    model_type = json.loads(beside["config.json"])["model_type"]
-    table = rules.tensors(config, families.FAMILIES[model_type].layout)
+    options = {"source": source, "tokenizer": tokenizer, "stop_ids": stop_ids, "text_only": text_only}
+    beside = companions.files(config, dtype=default.name, **options)
+    raw = json.loads(beside["config.json"])
+    table = rules.tensors(config, families.FAMILIES[families.family_of(raw)].layout)
+    names, rest = wrappers.PLAIN, {}
+    if source is not None and not text_only:
+        names, rest = source.names, hf.rest_of(source)
     leaves = tree.flatten(params)
     _check_leaves(leaves, config)
-    shards = _shards([(tensor, dtypes.get(tensor.name, default)) for tensor in table], shard_bytes)
+    entries = [_Entry(names.stored(tensor.name), dtypes.get(tensor.name, default), tensor) for tensor in table]
+    entries += [_Entry(name, stored.dtype, stored) for name, stored in rest.items()]
+    shards = _shards(entries, shard_bytes)
     try:
         with _target(directory) as target:
             _write_weights(target, shards, leaves)
             if jax.process_index() == 0:
                 configuration = beside.pop("config.json")
-                beside["README.md"] = _readme(model_type, default)
+                beside["README.md"] = _readme(raw["model_type"], default)
                 beside[_MARKER] = companions.to_json(
                     {"written_by": "sftjax", "version": sftjax.__version__, "dtype": default.name}
                 )
@@ -87,6 +95,21 @@ def export_model(
     except OSError as error:
         raise StorageError(f"{directory}: the export can't be written ({error.strerror or error})") from error
     return Folder(directory).names()
+
+
+class _Entry(NamedTuple):
+    """A tensor to write: one of the table, made of parameters, or one that is copied from where the model came from."""
+
+    name: str
+    dtype: np.dtype
+    content: rules.Tensor | safetensors.Stored
+
+    def array(self, leaves: Mapping[str, Any]) -> np.ndarray:
+        if isinstance(self.content, rules.Tensor):
+            return assemble(self.content, self.dtype, leaves)
+        out = np.empty(self.content.shape, self.dtype)
+        self.content.read((), out)
+        return out
 
 
 def _check_leaves(leaves: Mapping[str, Any], config: ModelConfig) -> None:
@@ -106,16 +129,16 @@ def _check_leaves(leaves: Mapping[str, Any], config: ModelConfig) -> None:
 # -------------------------------------------------------------------------------------------------------- weights
 
 
-def _shards(tensors: list[tuple[rules.Tensor, np.dtype]], limit: float) -> list[tuple[str, list]]:
+def _shards(tensors: list[_Entry], limit: float) -> list[tuple[str, list[_Entry]]]:
     """Tensors in order, dealt to files of at most `limit` bytes (a larger tensor has a file of its own)."""
     groups: list[list] = [[]]
     used = 0
-    for tensor, dtype in tensors:
-        size = math.prod(tensor.shape) * dtype.itemsize
+    for entry in tensors:
+        size = math.prod(entry.content.shape) * entry.dtype.itemsize
         if groups[-1] and used + size > limit:
             groups.append([])
             used = 0
-        groups[-1].append((tensor, dtype))
+        groups[-1].append(entry)
         used += size
     if len(groups) == 1:
         return [("model.safetensors", groups[0])]
@@ -123,21 +146,21 @@ def _shards(tensors: list[tuple[rules.Tensor, np.dtype]], limit: float) -> list[
     return [(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, 1)]
 
 
-def _write_weights(target: _Target, shards: list[tuple[str, list]], leaves: Mapping[str, Any]) -> None:
+def _write_weights(target: _Target, shards: list[tuple[str, list[_Entry]]], leaves: Mapping[str, Any]) -> None:
     total_bytes, total_values, weight_map = 0, 0, {}
     for number, (file_name, tensors) in enumerate(shards):
         mine = number % jax.process_count() == jax.process_index()
         with target.open(file_name) if mine else contextlib.nullcontext() as out:
             if mine:
-                entries = [(tensor.name, dtype, tensor.shape) for tensor, dtype in tensors]
+                entries = [(entry.name, entry.dtype, entry.content.shape) for entry in tensors]
                 out.write(safetensors.header_bytes(entries, {"format": "pt"}))
-            for tensor, dtype in tensors:
-                array = assemble(tensor, dtype, leaves)  # every process takes part: shards come from all
+            for entry in tensors:
+                array = entry.array(leaves)  # every process takes part: shards come from all
                 if mine:
                     safetensors.write_array(out, array)
-                total_values += math.prod(tensor.shape)
+                total_values += array.size
                 total_bytes += array.nbytes
-                weight_map[tensor.name] = file_name
+                weight_map[entry.name] = file_name
     if len(shards) > 1 and jax.process_index() == 0:
         metadata = {"total_parameters": total_values, "total_size": total_bytes}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

@@ -20,7 +20,7 @@ from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig
 from sftjax.weights import family_llama as llama
 from sftjax.weights import family_others as others
-from sftjax.weights import reference, rope
+from sftjax.weights import reference, rope, wrappers
 from sftjax.weights.fields import Fields
 
 _DROPPED_ON_EXPORT = {
@@ -72,6 +72,7 @@ ALIASES = {
     "aquila": "llama",
     "smollm2": "llama",
     "tinyllama": "llama",
+    **wrappers.TEXT_ALIASES,
 }
 
 
@@ -81,13 +82,15 @@ def family_of(raw: Mapping[str, Any], where: str = "config.json") -> str:
     Raises:
       ConfigError: the model type isn't known.
     """
-    name = raw.get("model_type")
+    text = wrappers.text_config(raw)
+    name = raw.get("model_type") if text is None else text["model_type"]
     name = ALIASES.get(name, name) if isinstance(name, str) else None
     if name not in FAMILIES:
         parts = [part for part in ("text_config", "vision_config", "audio_config") if raw.get(part) is not None]
         wraps = f" (a wrapper, with {', '.join(parts)})" if parts else ""
+        inside = "" if text is None else f" around {text['model_type']!r}"
         raise ConfigError(
-            f"{where}: model_type {raw.get('model_type')!r}{wraps} isn't supported; the closest that is, is "
+            f"{where}: model_type {raw.get('model_type')!r}{inside}{wraps} isn't supported; the closest that is, is "
             f"{closest(raw)!r}: docs/new_family.md says what adding one takes. Known are "
             f"{', '.join(sorted({*FAMILIES, *ALIASES}))}"
         )
@@ -131,7 +134,8 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
 def read_fields(raw: Mapping[str, Any], where: str = "config.json") -> tuple[ModelConfig, list[str]]:
     """`read_config`, and the names of the fields that neither this program nor transformers looks at."""
     family = FAMILIES[family_of(raw, where)]
-    fields = Fields(raw, where)
+    text = wrappers.text_config(raw)
+    fields = Fields(raw, where) if text is None else Fields(text, f"{where}: text_config")
     quantization = fields.take("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
     if quantization is not None and method not in _DEQUANTISED:
@@ -147,17 +151,24 @@ def read_fields(raw: Mapping[str, Any], where: str = "config.json") -> tuple[Mod
     return config, fields.ignored
 
 
-def write_config(config: ModelConfig, *, dtype: str, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def write_config(
+    config: ModelConfig, *, dtype: str, like: Mapping[str, Any] | None = None, text_only: bool = False
+) -> dict[str, Any]:
     """The config.json, as transformers 5 writes it and with what transformers 4 reads instead.
 
     Args:
       dtype: of the tensors written, "bfloat16".
       like: the config.json that the model came with: its family is kept, and so are its other fields (token ids,
         dropout ...) and its way of writing what hasn't changed. None: the first family that can express the config.
+      text_only: of a wrapper, the language model's alone.
 
     Raises:
       ConfigError: no family (or not the one of `like`) can express this config.
     """
+    text = None if like is None else wrappers.text_config(like)
+    if text is not None:
+        alone = write_config(config, dtype=dtype, like=text | {"model_type": family_of(like)})
+        return alone if text_only else wrappers.wrap(like, alone)
     if like is None:
         name = _family_for(config)
         # unset, or transformers takes the family's own ids, which may lie beyond this vocabulary
@@ -188,13 +199,15 @@ def _forms_like(family: Family, config: ModelConfig, like: Mapping[str, Any]) ->
     return [*as_it_came, out | unchanged | ours, kept | out | ours]
 
 
-def check_writable(config: ModelConfig, like: Mapping[str, Any]) -> None:
+def check_writable(config: ModelConfig, like: Mapping[str, Any], *, text_only: bool = False) -> None:
     """Tries `write_config`, for before a model is trained. Raises its `ConfigError`.
 
     Args:
       config: of what will be written; padded rows of the vocabulary don't count.
     """
-    write_config(exported(config), dtype="float32", like=like)
+    written = write_config(exported(config), dtype="float32", like=like, text_only=text_only)
+    if read_config(written) != exported(config):
+        raise ConfigError(f"the model type {like.get('model_type')!r} can't express this model's configuration")
 
 
 def exported(config: ModelConfig) -> ModelConfig:

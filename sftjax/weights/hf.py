@@ -19,7 +19,7 @@ import numpy as np
 
 from sftjax.errors import ConfigError
 from sftjax.models.config import ModelConfig
-from sftjax.weights import families, gguf, load, quantised, rules, safetensors
+from sftjax.weights import families, gguf, load, quantised, rules, safetensors, wrappers
 from sftjax.weights.files import Folder, is_remote
 
 _HUB_ID = re.compile(r"[\w][\w.\-]*/[\w][\w.\-]*", re.ASCII)
@@ -36,6 +36,11 @@ class ModelFiles:
     raw_config: Mapping[str, Any]  # config.json as it was; for GGUF as transformers would write it
     generation: Mapping[str, Any]  # generation_config.json, or {}
     ignored: Sequence[str] = ()  # fields of config.json that neither this program nor transformers looks at
+    names: wrappers.Names = wrappers.PLAIN  # where the files keep the language model of a multimodal one
+
+    @property
+    def is_wrapped(self) -> bool:
+        return wrappers.text_config(self.raw_config) is not None
 
     @property
     def is_gguf(self) -> bool:
@@ -65,8 +70,13 @@ def open_model(path: str | os.PathLike) -> ModelFiles:
         raise ConfigError(f"{path}: no config.json, so not a model in Hugging Face layout{hint}")
     raw = _read_json(folder, "config.json")
     generation = _read_json(folder, "generation_config.json") if "generation_config.json" in names else {}
+    wrapped = wrappers.text_config(raw) is not None
+    stored = safetensors.open_folder(folder) if wrapped else {}
+    place = wrappers.find_names(stored)
+    if wrapped and raw.get("tie_word_embeddings") is None and place.stored("lm_head.weight") in stored:
+        raw["tie_word_embeddings"] = False
     config, ignored = families.read_fields(raw, f"{path}/config.json")
-    return ModelFiles(path, config, raw, generation, ignored)
+    return ModelFiles(path, config, raw, generation, ignored, place)
 
 
 def resolve(path: str | os.PathLike) -> str:
@@ -137,10 +147,19 @@ def load_config(path: str | os.PathLike) -> ModelConfig:
 
 
 class _FolderSource:
-    """Safetensors as a `load.Source`."""
+    """Safetensors as a `load.Source`: of a multimodal model its language model's, under their own names.
 
-    def __init__(self, folder: Folder):
-        self.where, self._tensors = folder.path, safetensors.open_folder(folder)
+    Attributes:
+      rest: the other tensors, by their names in the files.
+    """
+
+    def __init__(self, files: ModelFiles):
+        self.where, stored = files.path, safetensors.open_folder(Folder(files.path))
+        self._tensors, self.rest = stored, {}
+        if files.is_wrapped:
+            inside = {name: files.names.inside(name) for name in stored}
+            self._tensors = {own: stored[name] for name, own in inside.items() if own is not None}
+            self.rest = {name: stored[name] for name, own in inside.items() if own is None}
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         return {name: (stored.shape, stored.dtype.name) for name, stored in self._tensors.items()}
@@ -170,7 +189,7 @@ def open_source(
         table = rules.tensors(config, "stacked" if config.experts is not None else files.family.layout)
     else:
         settings = files.raw_config.get("quantization_config")
-        source = quantised.DequantisedSource(_FolderSource(Folder(files.path)), settings)
+        source = quantised.DequantisedSource(_FolderSource(files), settings)
         layout = files.family.layout
         names = source.shapes()
         if layout == "gpt_oss" and any(name.endswith("experts.gate_up_proj") for name in source.stored):
@@ -222,6 +241,11 @@ def given_nf4(files: ModelFiles) -> dict[str, str]:
         return {}
     source, table = open_source(files)
     return {path: given.form for path, given in quantised.given_nf4(source, table).items()}
+
+
+def rest_of(files: ModelFiles) -> dict[str, safetensors.Stored]:
+    """The tensors of a multimodal model that aren't its language model's: they are never read, only copied."""
+    return _FolderSource(files).rest if files.is_wrapped else {}
 
 
 def stored_dtypes(files: ModelFiles) -> str | dict[str, str]:

@@ -26,6 +26,12 @@ def known(model_type: Any) -> dict[str, Any] | None:
     return table()["shared"] | models[model_type] if isinstance(model_type, str) and model_type in models else None
 
 
+def declared(model_type: str) -> dict[str, Any]:
+    """The defaults of the model type's class, less null and computed ones; {} where transformers lacks it."""
+    models = table()["models"]
+    return {name: value for name, value in models.get(model_type, {}).items() if value is not None and value != UNKNOWN}
+
+
 def rope_keys(rope_type: str) -> set[str]:
     """The keys of `rope_parameters` that transformers reads for a rope type."""
     rope = table()["rope"]

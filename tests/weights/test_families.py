@@ -154,7 +154,7 @@ def test_aliases_leave_as_llama():
     [
         ("llama", {"model_type": "mamba"}, "mamba"),
         ("llama", {"vision_config": {"hidden_size": 3}}, "vision_config"),
-        ("gemma3", {"model_type": "gemma3", "vision_config": {"hidden_size": 3}}, "vision_config"),
+        ("gemma3", {"model_type": "gemma4", "vision_config": {"hidden_size": 3}}, "vision_config"),
         ("llama", {"_attn_implementation_internal": "evil/kernel"}, "_attn_implementation_internal"),
         ("llama", {"model_file": "evil.py"}, "model_file"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
