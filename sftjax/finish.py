@@ -20,6 +20,7 @@ from sftjax.errors import Diverged
 from sftjax.models import decoder
 from sftjax.parallel import partition
 from sftjax.peft import merge
+from sftjax.phases import phase
 from sftjax.utils import storage
 from sftjax.weights import companions, export, hf, peft_format
 
@@ -34,10 +35,11 @@ def finish(job, state, frozen) -> None:
       Diverged: the model that would be exported has no finite loss.
     """
     config = job.config
-    state, step = chosen_state(job, state)
-    summary: dict[str, Any] = {"steps": int(state.step), "exported_step": step}
-    summary |= held_out_summary(compare(job, "evaluation", state, frozen, step))
-    summary |= plain_text_summary(compare(job, "plain-text", state, frozen, step))
+    with phase("choosing the checkpoint, comparing it with the start"):
+        state, step = chosen_state(job, state)
+        summary: dict[str, Any] = {"steps": int(state.step), "exported_step": step}
+        summary |= held_out_summary(compare(job, "evaluation", state, frozen, step))
+        summary |= plain_text_summary(compare(job, "plain-text", state, frozen, step))
     if not math.isfinite(summary.get("eval_loss_after", 0.0)):
         report.write(job.folder.path)
         raise Diverged(
@@ -49,9 +51,10 @@ def finish(job, state, frozen) -> None:
         summary["verification"] = export_and_verify(job, state, frozen, summary["export"])
     if "adapter" in state.trainable:
         summary["adapters"] = count_adapters(tree.merge(state.trainable, frozen)["adapter"], job.program.mesh)
-    findings = doctor.diagnose(job.folder.path, summary)
-    job.folder.write_json("doctor.json", {"findings": [finding._asdict() for finding in findings]})
-    report.write(job.folder.path, summary)
+    with phase("writing the report"):
+        findings = doctor.diagnose(job.folder.path, summary)
+        job.folder.write_json("doctor.json", {"findings": [finding._asdict() for finding in findings]})
+        report.write(job.folder.path, summary)
     if config.export.enabled:
         storage.write_text(os.path.join(summary["export"], "README.md"), report.model_card(job.folder.path, summary))
     job.folder.write_json("summary.json", summary)  # last: it says that the run is finished
@@ -145,37 +148,43 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
     adapting = "adapter" in variables
     dtype = jnp.dtype(config.export.dtype)
     if adapting and not config.export.merge:
-        peft_format.save_adapter(folder, variables["adapter"], job.spec, job.model_config, base_model=config.model.path)
-        beside = companions.files(
-            None, source=opened.files, tokenizer=opened.tokenizer.files(), stop_ids=opened.tokenizer.stop_ids
-        )
-        for name, content in beside.items():
-            storage.write_bytes(f"{folder}/{name}", content)
+        with phase("exporting"):
+            peft_format.save_adapter(
+                folder, variables["adapter"], job.spec, job.model_config, base_model=config.model.path
+            )
+            beside = companions.files(
+                None, source=opened.files, tokenizer=opened.tokenizer.files(), stop_ids=opened.tokenizer.stop_ids
+            )
+            for name, content in beside.items():
+                storage.write_bytes(f"{folder}/{name}", content)
         adapter, _ = peft_format.load_adapter(folder, job.model_config)
         reloaded = {**variables, "adapter": adapter}
         expected, against = variables, "the base weights in memory with the adapter read back"
     else:
-        params, merged_into = plain_params(job, variables)
-        export.export_model(
-            folder,
-            job.model_config,
-            params,
-            dtype=dtype,
-            source=opened.files,
-            tokenizer=opened.tokenizer.files(),
-            stop_ids=opened.tokenizer.stop_ids,
-            text_only=config.export.text_only,
-        )
+        with phase("exporting"):
+            params, merged_into = plain_params(job, variables)
+            export.export_model(
+                folder,
+                job.model_config,
+                params,
+                dtype=dtype,
+                source=opened.files,
+                tokenizer=opened.tokenizer.files(),
+                stop_ids=opened.tokenizer.stop_ids,
+                text_only=config.export.text_only,
+            )
         expected = {"params": jax.tree.map(lambda leaf: leaf.astype(dtype), params)}
         read = hf.load_config(folder)
         places = partition.shardings({"params": decoder.abstract_params(read)}, job.program.mesh)
-        reloaded = {"params": hf.load_params(folder, read, dtype, places["params"])}
+        with phase("reading the export back"):
+            reloaded = {"params": hf.load_params(folder, read, dtype, places["params"])}
         against = f"the weights in memory, rounded to {dtype.name}"
-    figures = compare_logits(job, expected, reloaded)
+    with phase("verifying the export"):
+        figures = compare_logits(job, expected, reloaded)
+        figures["rounding"] = compare_logits(job, variables, reloaded)  # against what was trained
     figures["compared_with"] = against
     if merged_into:
         figures["merged_into"] = merged_into
-    figures["rounding"] = compare_logits(job, variables, reloaded)  # against what was trained
     figures["step"] = int(state.step)
     passed = figures["max_relative_difference"] <= MAX_RELATIVE_DIFFERENCE
     figures["passed"] = bool(passed)

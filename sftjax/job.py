@@ -43,6 +43,7 @@ from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
 from sftjax.peft import lora
 from sftjax.peft.spec import AdapterSpec
+from sftjax.phases import phase
 from sftjax.utils.storage import is_remote
 from sftjax.weights import export, families, peft_format, vocab
 
@@ -80,7 +81,8 @@ class Job:
 def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence[str]) -> Job:
     """Opens model and data, checks them, settles the program; nothing large is in memory yet."""
     job_data.check_sources(config)
-    opened = open_model(config)
+    with phase("opening the model"):
+        opened = open_model(config)
     model_config = grown(config, opened)
     families.check_writable(model_config, opened.files.raw_config, text_only=config.export.text_only)
     if opened.files.is_wrapped and config.export.enabled and config.peft.method != "none" and not config.export.merge:
@@ -90,8 +92,10 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
         )
     if opened.files.ignored:
         print(f"config.json: no use of {', '.join(opened.files.ignored)}, here as in transformers")
-    mixture, held_out = job_data.open_data(config, opened.tokenizer)
-    plain_text = job_data.open_plain_text(config, opened.tokenizer)
+    with phase("opening the data"):
+        mixture, held_out = job_data.open_data(config, opened.tokenizer)
+        plain_text = job_data.open_plain_text(config, opened.tokenizer)
+        prints = fingerprints(opened, mixture)
     job_data.check_metric(config, held_out, plain_text)
     mesh = meshes.make({axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor", "context", "expert")})
     kinds = {memory.kind for device in mesh.local_devices for memory in device.addressable_memories()}
@@ -102,16 +106,17 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     batching = job_data.batching_options(config, mesh)
 
     settings = runs.redact(json.loads(config_lib.to_json(config)))
-    identity = runs.Identity(settings, fingerprints(opened, mixture), os.getcwd())
+    identity = runs.Identity(settings, prints, os.getcwd())
     ledger = settle_settings(folder, identity, allow)
-    report = preflights.run(
-        mixture,
-        opened.tokenizer,
-        sample_rows=config.data.preflight_rows,
-        max_lost=config.data.max_lost_fraction,
-        max_steps=config.train.max_steps or (ledger or {}).get("steps", 0),
-        **batching,
-    )
+    with phase("looking through the data"):
+        report = preflights.run(
+            mixture,
+            opened.tokenizer,
+            sample_rows=config.data.preflight_rows,
+            max_lost=config.data.max_lost_fraction,
+            max_steps=config.train.max_steps or (ledger or {}).get("steps", 0),
+            **batching,
+        )
     keep = ledger is not None and ledger["complete"]  # it may have taken the run a while to read everything
     if not keep:
         folder.write_json("preflight.json", report.to_dict())
@@ -120,7 +125,8 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     total_steps = config.train.max_steps or report.steps
     spec = adapter_spec(config, model=model_config, grows=bool(opened.new_token_ids))
     given = loading.given_nf4(opened, config.peft.quantization)
-    job_program, schedule = build_program(config, model_config, spec, mesh, total_steps, len(mixture.names), given)
+    with phase("settling the step"):
+        job_program, schedule = build_program(config, model_config, spec, mesh, total_steps, len(mixture.names), given)
     announce(config, job_program, total_steps)
     check_room(config, folder, job_program, total_steps)
     if jax.process_index() == 0:

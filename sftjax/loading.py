@@ -19,6 +19,7 @@ from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
 from sftjax.parallel import partition
+from sftjax.phases import phase
 from sftjax.weights import gguf, hf, peft_format, vocab
 from sftjax.weights.files import Folder
 
@@ -136,7 +137,8 @@ def load_model(
     mesh = mesh or meshes.make({"data": 1, "fsdp": -1, "tensor": 1, "context": 1, "expert": 1})
     abstract = {"params": decoder.abstract_params(opened.config, dtype)}
     shardings = partition.shardings(abstract, mesh)
-    config, params = opened.config, hf.load_params(opened.files, opened.config, dtype, shardings["params"])
+    with phase("reading the weights"):
+        config, params = opened.config, hf.load_params(opened.files, opened.config, dtype, shardings["params"])
     base = Model(opened, config, decoder.Runtime(compute_dtype=dtype, remat="none", mesh=mesh), {"params": params})
     return _beside(base, opened, adapter) if adapter else base
 

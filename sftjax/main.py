@@ -16,6 +16,7 @@ from absl import flags, logging
 from sftjax import config as config_lib
 from sftjax import config_file
 from sftjax.errors import ConfigError, exit_with_message
+from sftjax.phases import phase
 
 _RESUME = flags.DEFINE_string("resume", None, "Continue this run folder, with the configuration saved in it.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Do all up to the first step, report it, and leave no trace.")
@@ -49,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches
     sys.stdout.reconfigure(line_buffering=True)  # so that it stays in order with the progress line on stderr
-    from sftjax import distributed, finished, train  # after the flags, so that --help and mistakes answer at once
+    with phase("starting", line=False):
+        from sftjax import distributed, finished, train  # after the flags, so that --help and mistakes answer at once
 
     distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     options = {"allow": _ALLOW.value, "dry_run": _DRY_RUN.value}

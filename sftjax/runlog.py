@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
+from sftjax import phases
 from sftjax.metrics import LineFile, MetricsLog, ProgressLine, Throughput
 
 
@@ -94,6 +97,14 @@ class RunLog:
         if self._on:
             self._bad.write({"step": step, "loss": figures["nll"], "grad_norm": figures["grad_norm"], "rows": examples})
             self.say(f"step {step}: loss or gradient is not finite; the step is skipped (rows in nonfinite.jsonl)")
+
+    @contextlib.contextmanager
+    def phase(self, what: str) -> Iterator[None]:
+        """A stretch of work beside the steps; the progress line is left standing above it."""
+        if self._on:
+            self._line.close()
+        with phases.phase(what):
+            yield
 
     def flush(self) -> None:
         """Before a checkpoint: lines up to its step must not be lost later."""

@@ -151,6 +151,8 @@ class StopSignal:
     def _end(self, message: str) -> None:
         """Leaves without the main thread, which may be deep in a compiler; children would outlive us."""
         _say(message)
+        if sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), b"\x1b[?25h")  # the cursor, which a spinner had hidden
         for child in multiprocessing.active_children():
             child.kill()
         if self._before_exit is not None:

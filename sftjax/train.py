@@ -26,6 +26,7 @@ from sftjax import (
     digest,
     finish,
     finished,
+    phases,
     plan,
     plan_fit,
     run_evaluation,
@@ -40,6 +41,7 @@ from sftjax.data import pipeline as pipelines
 from sftjax.errors import Diverged
 from sftjax.evaluate import Patience
 from sftjax.job import Job, check_finished, load_variables, sealed_identity, setup
+from sftjax.phases import phase
 from sftjax.runlog import RunLog
 from sftjax.utils import storage
 
@@ -54,6 +56,8 @@ def run(config: config_lib.ConfigDict, *, allow: Sequence[str] = (), dry_run: bo
     Raises:
       UserError: with the exit code of its kind (see `errors`).
     """
+    if jax.process_index() != 0:
+        phases.be_quiet()
     if not dry_run:
         use_compile_cache()
     config_lib.check(config, num_devices=jax.device_count())
@@ -158,14 +162,17 @@ def restore(job: Job):
             state, frozen = job.program.init_state(load_variables(job))
             run_evaluation.evaluate_all(job, state, frozen, 0)
             del state, frozen  # before the trained ones take their place
-        restored = checkpoints.restore(job.program.abstract_state)
+        with phase("looking for a checkpoint"):
+            restored = checkpoints.restore(job.program.abstract_state)
     if restored is None:
         job.folder.cut_back(None)
-        state, frozen = job.program.init_state(load_variables(job))
+        with phase("reading the weights"):
+            state, frozen = jax.block_until_ready(job.program.init_state(load_variables(job)))
         return state, frozen, Progress(identity=whole_identity(job, frozen))
     frozen = {}
     if job.program.abstract_frozen:
-        _, frozen = tree.partition(load_variables(job), job.program.trainable_regex)
+        with phase("reading the weights"):
+            _, frozen = tree.partition(load_variables(job), job.program.trainable_regex)
     progress = Progress.from_json(restored.step, restored.position, restored.meta)
     identity = whole_identity(job, frozen)
     if (base := progress.identity.get("fingerprints", {}).get("base")) is not None:
@@ -218,7 +225,7 @@ def loop(job: Job, state, frozen, progress: Progress):
             if compiled:
                 state, figures = compat.in_turn(job.program.train_step(state, frozen, batch))
             else:
-                with job.stop.nothing_to_lose("compiling"):
+                with job.stop.nothing_to_lose("compiling"), log.phase("compiling, and the first step"):
                     state, figures = jax.block_until_ready(job.program.train_step(state, frozen, batch))
                 compiled = True
             checkpoints.poll()
@@ -245,6 +252,8 @@ def loop(job: Job, state, frozen, progress: Progress):
         if pending:  # the data ended before the number of steps that was foreseen
             record(job, progress, pending, log)
             save(job, checkpoints, state, frozen, progress, patience, log, True)
+        with log.phase("writing the checkpoint"):
+            checkpoints.wait()
     return state
 
 
@@ -386,7 +395,10 @@ def measure(job: Job, state, frozen, log, step: int) -> dict[str, float]:
         return {}
     with log.throughput.pause():
         variables = tree.merge(state.trainable, frozen)
-        figures = run_evaluation.evaluate_all(job, state, frozen, step)
+        with log.phase("evaluating" if step else "evaluating the untrained model"):
+            figures = run_evaluation.evaluate_all(job, state, frozen, step)
         log.evaluation(step, figures)
-        log.samples(step, samples.answer(job.program, variables, job.opened.tokenizer, job.prompts, job.config.eval))
+        with log.phase("answering the sample prompts"):
+            answers = samples.answer(job.program, variables, job.opened.tokenizer, job.prompts, job.config.eval)
+        log.samples(step, answers)
     return figures

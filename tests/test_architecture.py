@@ -33,7 +33,7 @@ LAYERS = [
     {"compat"},
     {"tree"},
 ]
-EVERYBODY = {"errors", "paths", "aliases", "arguments", "utils"}
+EVERYBODY = {"errors", "paths", "aliases", "arguments", "phases", "utils"}
 # each with the wings it may use beside numpy, Grain and the tokenizer
 WINGS = {"data": set(), "curate": {"data"}, "scorers": {"data", "curate"}}
 USE_WINGS = set().union(*LAYERS[:10])

@@ -1,6 +1,7 @@
 """The main program as a user runs it, on a tiny model: figures, interruption, resume, devices, export."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -31,8 +32,19 @@ def command(place, name, **fields):
 @pytest.fixture(scope="module")
 def unbroken(place):
     """A run nobody disturbed: 20 steps, saved and evaluated every 5."""
-    tiny_run.run(command(place, "unbroken", **STEADY))
+    done = tiny_run.run(command(place, "unbroken", **STEADY))
+    (place / "unbroken.stderr").write_text(done.stderr)
     return place / "unbroken"
+
+
+def test_each_phase_is_named_with_its_time(place, unbroken):
+    said = (place / "unbroken.stderr").read_text()
+    for phase in (
+        *("opening the model", "opening the data", "looking through the data", "settling the step"),
+        *("reading the weights", "evaluating the untrained model", "compiling, and the first step", "evaluating"),
+        *("exporting", "reading the export back", "verifying the export", "writing the report"),
+    ):
+        assert re.search(rf"^{phase}: [\d.]+ s$", said, re.M), phase
 
 
 STEADY = {"train__max_steps": 20, "eval__eval_steps": 5, "train__neftune_noise_alpha": 5.0, "data__packing": "best_fit"}
