@@ -15,10 +15,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import orjson
 import xxhash
 
-from sftjax.data import formats
+from sftjax.data import formats, values
 from sftjax.data.conversations import Conversation
 from sftjax.data.types import RowError
 
@@ -106,7 +105,7 @@ def read(row: Mapping[str, Any], format: str = "auto", fields: Mapping[str, str]
             exchanges += _exchanges(example.messages, turns)
             messages += turns
             calls += [_called(message) for message in example.messages if "tool_calls" in message]
-            calls += [orjson.dumps(example.tools, default=str, option=_SORTED).decode()] if example.tools else []
+            calls += [values.as_json(example.tools)] if example.tools else []
         elif isinstance(example, formats.Text):
             messages += [("user", example.prompt)] if example.prompt else []
             messages.append(("assistant", example.completion))
@@ -120,15 +119,10 @@ def read(row: Mapping[str, Any], format: str = "auto", fields: Mapping[str, str]
     return Dialogue(tuple(messages), tuple(exchanges), "\n".join(calls))
 
 
-_SORTED = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
-
-
 def _called(message: Mapping[str, Any]) -> str:
     """Names and arguments of a message's calls, without the ids that each run gives anew."""
     functions = [call.get("function", call) for call in message["tool_calls"]]
-    return orjson.dumps(
-        [[one.get("name"), one.get("arguments")] for one in functions], default=str, option=_SORTED
-    ).decode()
+    return values.as_json([[one.get("name"), one.get("arguments")] for one in functions])
 
 
 def _all_text(message: Mapping[str, Any]) -> str:

@@ -76,14 +76,17 @@ def _side(row: Mapping, key: str, role: str) -> list[Mapping]:
     value = row.get(key)
     if isinstance(value, Mapping):
         return turns.read([value], key)
+    if value == []:
+        raise RowError("empty_conversation", f"{key} is an empty list")
     if isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value):
         return turns.read(value, key)
     return [{"role": role, "content": values.text_of(row, key)}]
 
 
 def _history(row) -> list[dict]:
-    found = []
-    for said in values.decoded(row.get("history") or [], "history"):
+    found: list[dict] = []
+    history = values.decoded(row.get("history") or [], "history")
+    for said in history if isinstance(history, list) else [history]:
         if not isinstance(said, (list, tuple)) or len(said) != 2:
             raise RowError("wrong_type", "history is not a list of [question, answer] pairs")
         found += [{"role": "user", "content": said[0]}, {"role": "assistant", "content": said[1]}]

@@ -103,7 +103,7 @@ def _message(message: Mapping, number: int) -> dict[str, Any]:
         raise RowError("wrong_type", f"message {number}: content is {values.kind(content)}, not text")
     if "function_call" in cleaned:  # OpenAI's older way
         call = values.decoded(cleaned.pop("function_call"), f"message {number}: function_call")
-        cleaned["tool_calls"] = [{"type": "function", "function": call}, *(cleaned.get("tool_calls") or [])]
+        cleaned.setdefault("tool_calls", [{"type": "function", "function": call}])
     if "tool_calls" in cleaned:
         calls = values.decoded(cleaned["tool_calls"], f"message {number}: tool_calls")
         if not isinstance(calls, list):

@@ -33,7 +33,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import orjson
 
 from sftjax.data import columns, turns, values, weighting
 from sftjax.data.conversations import REASONING, Conversation
@@ -130,9 +129,9 @@ def _advice(row: Mapping) -> str:
     for name, value in row.items():
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
             return f"if {name!r} holds the turns, give its source fields={{'messages': {str(name)!r}}}"
-    texts = [str(name) for name, value in row.items() if isinstance(value, str) and value.strip()]
-    longer = [name for name in texts if values.texts_in(row[name])] if len(texts) > 2 else texts
-    names = longer if len(longer) > 1 else texts
+    texts = {str(name): value for name, value in row.items() if isinstance(value, str) and value.strip()}
+    longer = [name for name in texts if values.texts_in(texts[name])] if len(texts) > 2 else []
+    names = longer if len(longer) > 1 else list(texts)
     question, answer = (names[0], names[-1]) if len(names) > 1 else ("COLUMN", "COLUMN")
     return (
         "name the columns that hold a question and its answer, for example "
@@ -172,9 +171,19 @@ def parse(row: Mapping[str, Any], format: str = "auto", fields: Mapping[str, str
             row = lowered
     if format not in PARSERS:
         raise ConfigError(f"data.format={format!r} is not one of auto, {', '.join(PARSERS)}")
+    pictured = not values.MEDIA.isdisjoint(row)
     for example in PARSERS[format](row):
+        if pictured:
+            _refuse_placeholders(example)
         unread = unread_columns(row, example) if len(row) > 1 or format == "text" else ()
         yield replace(example, notes=(*example.notes, *unread)) if unread else example
+
+
+def _refuse_placeholders(example: Example) -> None:
+    """Of a row whose column for pictures is empty."""
+    for placeholder in ("<image>", "<video>", "<audio>"):
+        if any(placeholder in text for text in _texts_of(example)):
+            raise RowError("unsupported_content", f"a text has {placeholder}, and what it stands for is missing")
 
 
 _OTHER_FIELDS = """
@@ -219,7 +228,7 @@ def _texts_of(example: Example) -> list[str]:
     for message in example.messages:
         if len(message) > 2:
             found += [message["reasoning_content"]] if isinstance(message.get("reasoning_content"), str) else []
-            found += [orjson.dumps(call, default=str).decode() for call in message.get("tool_calls", ())]
+            found += [values.as_json(call) for call in message.get("tool_calls", ())]
     return found
 
 

@@ -144,7 +144,7 @@ def _tree_paths(root: Mapping) -> list[list[dict]]:
             raise RowError("wrong_type", f"a reply of the tree is {values.kind(node)}, not an object")
         if node.get("deleted"):
             continue
-        role = roles.get(node.get("role"))
+        role = roles.get(str(node.get("role")))
         if role is None:
             raise RowError("unknown_role", f"the tree has role {node.get('role')!r}, not prompter or assistant")
         path = (*above, (role, values.text_of(node, "text")))

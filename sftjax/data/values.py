@@ -99,6 +99,14 @@ def list_of_dicts(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return [dict(zip(columns, items, strict=True)) for items in zip(*values, strict=True)]
 
 
+def as_json(value) -> str:
+    """A value as JSON text, its keys sorted; what JSON can't hold, as Python writes it."""
+    try:
+        return orjson.dumps(value, default=str, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS).decode()
+    except TypeError:  # half a surrogate pair, a huge number
+        return repr(value)
+
+
 def refuse_media(holder: Mapping[str, Any], where: str) -> None:
     """Refuses a row or a message with a picture, video or sound: the model wouldn't see it, and would be trained."""
     named = () if MEDIA.isdisjoint(holder) else [key for key in holder if key in MEDIA and not _is_empty(holder[key])]

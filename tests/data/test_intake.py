@@ -1,9 +1,11 @@
 """Rows as people have them: what each is read as, what it says of its weight, what is refused, and what is noted."""
 
 import json
+import random
 
 import pytest
 
+from sftjax.curate import text
 from sftjax.data import formats
 from sftjax.data.conversations import Conversation
 from sftjax.data.encode import RowEncoder
@@ -229,3 +231,62 @@ def test_the_advice_for_unknown_keys_leads_to_a_conversation(row, advice):
 def test_fields_that_no_format_has_are_refused():
     with pytest.raises(ConfigError, match="'questoin'"):
         RowEncoder(None, fields={"questoin": "q"})
+
+
+def test_a_picture_that_is_missing_from_its_column_is_missed():
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog"}]
+    for row in ({"image": None}, {"images": []}, {"image": ""}):
+        with pytest.raises(RowError, match=r"unsupported_content.*<image>"):
+            parse({**row, "conversations": turns})
+    assert parse({"conversations": turns})[0].messages[0]["content"].startswith("<image>")  # no column: text
+
+
+def odd_rows(count):
+    """Rows of keys that mean something with values that may not."""
+    draw = random.Random(0)
+    names = sorted({*formats.FIELDS, "prompt", "label", "image", "rejected", "role", "Question", "Answer"})
+    inner = ["role", "content", "from", "value", "text", "tool_calls", "function_call", "weight", "loss", "mask"]
+    plain = [
+        None,
+        "",
+        "a b",
+        "[1]",
+        '{"a": 1}',
+        0,
+        -1,
+        2.5,
+        float("nan"),
+        True,
+        b"\xff",
+        [],
+        {},
+        ["a", 1],
+        [["a", "b"]],
+    ]
+    plain += [{"bytes": b"x", "path": None}, "user", "assistant", "gpt", "\ud800", "\0", 10**400, (1, 2), [[1]]]
+
+    def message():
+        said = {key: draw.choice(plain) for key in draw.sample(inner, draw.randint(1, 4))}
+        return (
+            {**said, "role": draw.choice(["user", "assistant", "tool", None, ["x"]])} if draw.random() < 0.7 else said
+        )
+
+    def value():
+        choice = draw.random()
+        return draw.choice(plain) if choice < 0.5 else message() if choice < 0.6 else [message() for _ in range(3)]
+
+    for _ in range(count):
+        yield {draw.choice(names): value() for _ in range(draw.randint(1, 5))}
+
+
+def test_whatever_a_row_holds_it_is_read_or_refused_in_one_line():
+    read = refused = 0
+    for row in odd_rows(6000):
+        try:
+            parse(row)
+            text.read(row)
+            read += 1
+        except RowError as error:
+            assert error.detail and "\n" not in error.detail
+            refused += 1
+    assert read > 20 and refused > 2000
