@@ -84,7 +84,8 @@ def _write_gguf(target: str, files: hf.ModelFiles, config: ModelConfig, params: 
     kinds = {None: "BF16", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
     if dtype not in kinds:
         raise ConfigError(f"{target}: matrices in GGUF can be float16, bfloat16 or q8_0, not {dtype}")
-    written = _tokenizer_files(files) if tokenizer is None else tokenizer.files()
+    # as it is read here: llama.cpp knows no classes that put rules of their own in place of tokenizer.json's
+    written = (tokenizer or loading.open_model(files.path).tokenizer).files()
     model_type = families.family_of(files.raw_config)
     stop_ids = _stop_ids(files) if tokenizer is None else tokenizer.stop_ids
     notes = gguf_write.write_gguf(

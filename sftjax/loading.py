@@ -91,6 +91,7 @@ def _tokenizer_folder(files: hf.ModelFiles) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="sftjax-tokenizer-") as folder:
         for name, content in gguf.tokenizer_files(files.path).items():
+            Path(folder, name).parent.mkdir(exist_ok=True)
             Path(folder, name).write_bytes(content)
         yield folder
 

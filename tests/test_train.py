@@ -246,6 +246,7 @@ def test_a_lora_run_is_exported_as_peft_wants_it(place):
     settings = json.loads((export / "adapter_config.json").read_text())
     assert settings["r"] == 4 and settings["peft_type"] == "LORA"
     assert (export / "adapter_model.safetensors").exists()
+    assert 'model.generation_config = GenerationConfig.from_pretrained("PATH")' in (export / "README.md").read_text()
     summary = json.loads((place / "lora" / "summary.json").read_text())
     assert summary["verification"]["passed"]
     answers = place / "answers.jsonl"
@@ -276,15 +277,15 @@ def test_six_new_tokens_are_learnt_saved_and_stopped_on(place, snug, method):
     if method == "none":
         loaded = loading.load_model(str(run / "export"))
         after = loaded.variables["params"]["embed_tokens"]["weight"]
-        end = json.loads((run / "export" / "generation_config.json").read_text())["eos_token_id"]
     else:
         loaded = loading.load_model(str(snug), adapter=str(run / "export"))
         after = loaded.variables["adapter"]["embed_tokens"]["weight"]
-        end = loaded.tokenizer.stop_ids
         convert = [tiny_run.sys.executable, "tools/convert.py", "--from", str(snug), "--to", str(place / "six-merged")]
         tiny_run.run([*convert, "--adapter", str(run / "export")])
         assert hf.load_config(place / "six-merged").vocab_size == 906
     assert loaded.config.vocab_size == 906
+    # not in the base's settings: it travels with the export, an adapter's too
+    end = json.loads((run / "export" / "generation_config.json").read_text())["eos_token_id"]
     assert np.atleast_1d(end)[0] == loaded.tokenizer.stop_ids[0] == loaded.tokenizer.encode("<EOA>")[0] == 905
     # four of the rows only filled up the table; all six began at the mean of the 900 others, and were trained
     before = np.asarray(hf.load_params(snug, hf.load_config(snug), np.float32)["embed_tokens"]["weight"])

@@ -93,17 +93,35 @@ require_disk() {
   [ "$free" -ge "$1" ] || fail "$ROOT has $free GB free, the installation needs $1 GB: make room and run this again"
 }
 
+# Makes the virtual environment $1 if it isn't there. Sets VENV_PYTHON.
+make_venv() {
+  VENV_PYTHON="$ROOT/$1/bin/python"
+  "$VENV_PYTHON" -m pip --version > /dev/null 2>&1 && return
+  require_disk 4
+  say "Making $1 with Python $PYTHON_VERSION ($PYTHON_PATH)"
+  "$PYTHON_PATH" -m venv --clear "$ROOT/$1" || fail "could not make the virtual environment $1 with $PYTHON_PATH"
+}
+
+# Brings the virtual environment $1 to the requirements in the file $2, without the project: another program's.
+install_requirements() {
+  local stamp="$ROOT/$1/requirements.txt" log="$ROOT/$1/pip.log"
+  make_venv "$1"
+  cmp -s "$ROOT/$2" "$stamp" && return
+  say "Installing $2 into $1"
+  if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check --progress-bar off -r "$ROOT/$2" 2>&1 |
+    tee "$log" | progress_line; then
+    tail -n 12 "$log" >&2
+    fail "pip could not install $2 (whole log: $log). Is there a network, and does pip reach its index?"
+  fi
+  cp "$ROOT/$2" "$stamp"
+}
+
 # Brings the virtual environment $1 to: the project, editable, with the extras that follow. Sets VENV_PYTHON.
 # What was installed is written down in a stamp, so that a second call with nothing changed costs milliseconds.
 install_project() {
   local venv="$ROOT/$1" stamp="$ROOT/$1/sftjax-stamp" log="$ROOT/$1/pip.log" key extra missing="" all
+  make_venv "$1"
   shift
-  VENV_PYTHON="$venv/bin/python"
-  if ! "$VENV_PYTHON" -m pip --version > /dev/null 2>&1; then
-    require_disk 4
-    say "Making ${venv##*/} with Python $PYTHON_VERSION ($PYTHON_PATH)"
-    "$PYTHON_PATH" -m venv --clear "$venv" || fail "could not make the virtual environment $venv with $PYTHON_PATH"
-  fi
   key="$("$VENV_PYTHON" -c 'import hashlib, sys
 print(hashlib.sha256(open(sys.argv[1], "rb").read() + sys.version.encode() + sys.argv[1].encode()).hexdigest())' \
     "$ROOT/pyproject.toml")"

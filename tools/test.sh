@@ -13,7 +13,8 @@ Makes a virtual environment, installs the project with what its tests need, and 
   --slow             the slow tests as well (tests/slow.txt): twice the time
   --slow_only        only those
   --nightly          all there are
-  --parity           only the live comparisons with torch, transformers and peft, in an environment of their own
+  --parity           only the live comparisons with torch, transformers, peft and llama.cpp, in an environment of their
+                     own; and another one for transformers 4
   --setup_only       no tests yet
 Other arguments go to pytest:  bash tools/test.sh tests/data -k packing -x
 TEXT
@@ -42,6 +43,7 @@ if [ -n "$parity" ]; then
   # The pinned torch has the smallest build for 3.11; where there is no 3.11, any other will do.
   [ -n "$python_wanted" ] || ! find_python 3.11 || python_wanted=3.11
   require_python "$python_wanted"
+  install_requirements ".venv-$PYTHON_VERSION-tf4" tests/parity/transformers-4.txt
   install_project ".venv-$PYTHON_VERSION-parity" test parity
 else
   require_python "$python_wanted"

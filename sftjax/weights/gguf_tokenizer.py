@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -16,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from sftjax.errors import ConfigError
 from sftjax.weights import gguf_file
 
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder beside tokenizer.json
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -52,7 +55,8 @@ def tokenizer_data(path: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
       model ("gpt2" byte-level BPE or "llama" SentencePiece BPE), pre, tokens, types, merges, scores, and the
-      ids and flags: bos, eos, unk, pad, eot (each or None), add_bos, add_eos, add_space_prefix, chat_template.
+      ids and flags: bos, eos, unk, pad, eot (each or None), add_bos, add_eos, add_space_prefix, chat_template,
+      named_templates.
     """
     metadata = gguf_file.read(path).metadata
     get = lambda name, default=None: metadata.get(f"tokenizer.ggml.{name}", default)  # noqa: E731
@@ -78,6 +82,11 @@ def tokenizer_data(path: str | os.PathLike) -> dict[str, Any]:
         add_eos=bool(get("add_eos_token", False)),
         add_space_prefix=bool(get("add_space_prefix", spm)),
         chat_template=metadata.get("tokenizer.chat_template"),
+        named_templates={
+            name: metadata[f"tokenizer.chat_template.{name}"]
+            for name in metadata.get("tokenizer.chat_templates", [])
+            if re.fullmatch(r"[A-Za-z0-9_]+", name) and f"tokenizer.chat_template.{name}" in metadata
+        },
     )
 
 
@@ -102,6 +111,8 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
     }
     if data["chat_template"]:
         out["chat_template.jinja"] = data["chat_template"].encode()
+    for name, text in data["named_templates"].items():
+        out[f"{NAMED_TEMPLATES}/{name}.jinja"] = text.encode()
     return out
 
 
@@ -214,6 +225,7 @@ def write_fields(writer: gguf.GGUFWriter, files: Mapping[str, bytes], size: int,
     if "tokenizer.json" not in files:
         raise ConfigError("the model has no tokenizer.json, and GGUF files hold the tokenizer; save it as one first")
     spec, settings = (json.loads(files.get(name, b"{}")) for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
     if spec["model"].get("type") != "BPE":
         raise ConfigError("tokenizer.json: only BPE tokenizers can be written to GGUF")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
@@ -230,7 +242,8 @@ def write_fields(writer: gguf.GGUFWriter, files: Mapping[str, bytes], size: int,
     writer.add_token_types(types)
     if spm:
         writer.add_token_scores(_scores(tokens, merges))
-        writer.add_add_space_prefix('"Prepend"' in json.dumps(spec["normalizer"]))
+        first = tokenizer.encode("a", add_special_tokens=False).tokens[0]
+        writer.add_add_space_prefix(first.startswith("▁"))
     else:
         writer.add_token_merges(merges)
     adders = (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id, writer.add_pad_token_id)
@@ -243,13 +256,21 @@ def write_fields(writer: gguf.GGUFWriter, files: Mapping[str, bytes], size: int,
     ends = [i for i in stop_ids if i != ids.get(eos["content"] if isinstance(eos, dict) else eos)]
     if ends:
         writer.add_eot_token_id(ends[0])
-    before, after = _additions(Tokenizer.from_str(files["tokenizer.json"].decode()))
+    before, after = _additions(tokenizer)
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
-    if "chat_template.jinja" in files:
-        writer.add_chat_template(files["chat_template.jinja"].decode())
-    elif settings.get("chat_template"):
-        writer.add_chat_template(settings["chat_template"])  # one, or a list of named ones
+    templates = _templates(files) or settings.get("chat_template")
+    if templates:
+        writer.add_chat_template(templates)  # one, or a list of named ones
+
+
+def _templates(files: Mapping[str, bytes]) -> str | list[dict[str, str]]:
+    """The chat templates that are files, the way tokenizer_config.json has them."""
+    named = {Path(name).stem: text.decode() for name, text in files.items() if name.startswith(NAMED_TEMPLATES)}
+    default = files.get("chat_template.jinja", b"").decode()
+    if not named:
+        return default
+    return [dict(name=name, template=text) for name, text in ({"default": default} | named).items()]
 
 
 def _additions(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
