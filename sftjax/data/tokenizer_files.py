@@ -7,7 +7,9 @@ import logging
 import os
 from pathlib import Path
 
-from sftjax.data import spm
+from tokenizers import Tokenizer as Backend
+
+from sftjax.data import byte_ranks, spm
 from sftjax.errors import ConfigError
 
 
@@ -18,13 +20,19 @@ def load(path: Path):
     has_fast, has_spm = (path / "tokenizer.json").is_file(), (path / "tokenizer.model").is_file()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)  # "PyTorch was not found" is as it should be
-    if has_spm and not has_fast:
-        return _load_sentencepiece(path)
+    if not has_fast:
+        if (path / "tekken.json").is_file():
+            return _with_settings(path, *byte_ranks.read_tekken(path / "tekken.json"))
+        _refuse_tiktoken(path)
+        if has_spm:
+            settings = _settings(path)
+            return _with_settings(path, *spm.build(path / "tokenizer.model", add_bos=settings.get("add_bos_token")))
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not has_fast and not (path / "vocab.json").is_file():
         raise ConfigError(
-            f"{path} has no tokenizer.json, tokenizer.model or vocab.json: copy the model's tokenizer there"
+            f"{path} has no tokenizer.json, tokenizer.model or vocab.json (or tekken.json): copy the model's tokenizer "
+            "there"
         )
     try:
         return _checked(AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False), path)
@@ -51,17 +59,35 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _load_sentencepiece(path: Path):
+def _refuse_tiktoken(path: Path) -> None:
+    """A list of ranks alone isn't a tokenizer: how text is split into words stands in the model's own code."""
+    for file in sorted([*path.glob("*.tiktoken"), *path.glob("tokenizer.model")]):
+        if byte_ranks.is_tiktoken(file):
+            raise ConfigError(
+                f"{file} is a vocabulary in tiktoken's form, which lacks the rule that splits text into words; that is "
+                f"pat_str in the model's Python code. Make a tokenizer.json once: pip install tiktoken transformers; "
+                f'python -c "from transformers.convert_slow_tokenizer import TikTokenConverter as C; '
+                f"C(vocab_file='{file}', pattern=PAT_STR, extra_special_tokens=NAMES).converted()"
+                f".save('{path}/tokenizer.json')\""
+            )
+
+
+def _settings(path: Path) -> dict:
+    """tokenizer_config.json, or {}."""
+    config_file = path / "tokenizer_config.json"
+    if not config_file.is_file():
+        return {}
+    try:
+        return json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{config_file} is not JSON: {error}") from None
+
+
+def _with_settings(path: Path, backend: Backend, names: dict[str, str]):
+    """A transformers tokenizer of one that was built here, with what the folder's settings say beside it."""
     from transformers import PreTrainedTokenizerFast
 
-    settings = {}
-    config_file = path / "tokenizer_config.json"
-    if config_file.is_file():
-        try:
-            settings = json.loads(config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{config_file} is not JSON: {error}") from None
-    backend, names = spm.build(path / "tokenizer.model", add_bos=settings.get("add_bos_token"))
+    settings = _settings(path)
     for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = settings.get(role)
         value = value["content"] if isinstance(value, dict) else value
