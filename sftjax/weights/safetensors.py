@@ -104,8 +104,8 @@ def read_header(file: RangeFile) -> dict[str, Stored]:
 
     if file.size < 10:
         raise damaged(f"it has {file.size} bytes")
-    start = file.read(0, 8)
-    if start.startswith(_PICKLES):
+    start, first = file.read(0, 8), file.read(8, 1)
+    if start.startswith(_PICKLES) and first != b"{":  # else a header of 640 bytes, say, which begins so too
         raise ConfigError(f"{file.path}: holds a pickle, which can run code when loaded; convert it to safetensors")
     (length,) = struct.unpack("<Q", start)
     if length > min(_MAX_HEADER, file.size - 8):

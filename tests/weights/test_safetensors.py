@@ -86,6 +86,14 @@ def test_no_pickle_is_ever_loaded(tmp_path, file):
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_like_a_pickle_is_none(tmp_path, length):
+    """0x0280 is 80 02 in the file, as a pickle of protocol 2 begins."""
+    header = json.dumps({"a": entry()}).encode().ljust(length)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", length) + header + bytes(8))
+    assert open_one(tmp_path)["a"].shape == (2,)
+
+
 @pytest.mark.parametrize(
     "name",
     ["../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "~x.safetensors", "x.safetensors\0", "x.bin",
