@@ -66,11 +66,12 @@ class SftjaxLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self._ours.stop_ids[0]
+        return self._ours.stop_ids[0] if self._ours.eos_id is None else self._ours.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        return self._ours.prefix_ids[0] if self._ours.prefix_ids else self.eot_token_id
+        """What a text without a context is conditioned on, by the harness's rule: BOS, else EOS."""
+        return self.eot_token_id if self._ours.bos_id is None else self._ours.bos_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -136,11 +137,14 @@ class SftjaxLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text; long ones in windows that overlap by nothing, each after a token."""
+        """Log-probability of each whole text; long ones in windows that overlap by nothing, each after a token.
+
+        As in the harness, what the tokenizer puts in front of a text is a part of it, behind the prefix token.
+        """
         windows: list[Request] = []
         owner: list[int] = []
         for number, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            ids = self.tok_encode(request.args[0])
             for pair in utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
                 context, continuation = utils.make_disjoint_window(pair)
                 windows.append((None, context, continuation))

@@ -1,5 +1,6 @@
 """lm-evaluation-harness on a tiny model and a local task."""
 
+import copy
 import json
 import sys
 
@@ -114,6 +115,19 @@ def test_rolling_counts_every_token_once(lm, logprobs):
     count = len(ids) - 24
     expected += sum(logprobs(rest)[at - 1, rest[at]] for at in range(25 - count, 25))
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
+
+
+def test_a_text_is_conditioned_on_bos_else_on_eos(folder, lm):
+    """The harness's rule; that the numbers are its own is in tests/parity/test_harness.py."""
+    assert lm.prefix_token_id == lm._ours.eos_id  # this tokenizer has no BOS
+    with_bos = copy.copy(lm)
+    with_bos._ours = copy.copy(lm._ours)
+    with_bos._ours.bos_id = 0  # which it doesn't put in front by itself
+    assert with_bos.prefix_token_id == 0
+    (first,), (second,) = (
+        one.loglikelihood_rolling(ask("loglikelihood_rolling", ("a dog",))) for one in (lm, with_bos)
+    )
+    assert first != second
 
 
 def test_stop_strings_and_settings(lm):
