@@ -182,15 +182,20 @@ def defaults() -> ConfigDict:
     config.peft.lora_alpha = 32.0
     config.peft.lora_dropout = 0.0
     config.peft.target_modules = ("all-linear",)  # names or endings, one regex, or all-linear (all but the head)
+    config.peft.target_parameters = ()  # of fused experts, as PEFT names them: "mlp.experts.gate_up_proj"
     config.peft.exclude_modules = ()  # of those, names or endings, or one regex
     config.peft.layers_to_transform = ()  # numbers of the layers; empty: all
+    config.peft.layers_pattern = ()  # the list of modules that those number; empty: any
     config.peft.rank_pattern = ()  # ((name ending or regex, rank), ...)
     config.peft.alpha_pattern = ()
     config.peft.use_rslora = False
     config.peft.loraplus_lr_ratio = 1.0  # learning rate of B over that of A
-    config.peft.init_lora_weights = "default"  # or gaussian, pissa, pissa_niter_<n>
+    config.peft.init_lora_weights = "default"  # or gaussian, orthogonal, pissa, pissa_niter_<n>
+    config.peft.lora_bias = False  # B has a bias
     config.peft.bias = "none"
     config.peft.modules_to_save = ()
+    # Rows of the embedding to train, and of a tied head; else also (("embed_tokens", ids), ("lm_head", ids)).
+    config.peft.trainable_token_indices = ()
     config.peft.also_train = ""  # regex over "<collection>/<path>" of further parameters
     config.peft.bottleneck_size = 64  # of the houlsby and pfeiffer adapters
     config.peft.bottleneck_activation = "relu"
@@ -379,11 +384,10 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
         config.train.max_steps > 0 or config.train.num_train_epochs > 0,
         "set train.num_train_epochs or train.max_steps above 0",
     )
-    bottleneck = config.peft.method in ("houlsby", "pfeiffer")
     require(
-        not (bottleneck and config.export.enabled),
-        f"peft.method={config.peft.method} has no form that other programs read: set export.enabled=False (the adapter "
-        "stays in the run's checkpoints)",
+        not (config.peft.method in ("houlsby", "pfeiffer") and config.export.enabled and config.export.merge),
+        f"peft.method={config.peft.method} can't be merged into the weights: leave export.merge out (the export is "
+        "then a folder of the `adapters` library, which tools/generate.py and tools/serve.py read)",
     )
     require(
         config.peft.quantization == "none" or config.peft.method != "none",

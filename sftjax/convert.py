@@ -100,7 +100,7 @@ def _merged(params: Any, adapter: str, files: hf.ModelFiles) -> tuple[ModelConfi
     """The model with the adapter folded in, and the adapter's tokenizer where it has one (it may have more tokens)."""
     own = loading.has_tokenizer(adapter)
     tokenizer = loading.open_model(files.path, adapter=adapter).tokenizer if own else None
-    config, params, leaves = loading.with_adapter(files.config, params, adapter)
+    config, params, leaves = loading.with_adapter(files.config, params, adapter, files.family.layout)
     return config, merge.merge(params, leaves, dtype=jnp.float32), tokenizer
 
 
@@ -157,13 +157,15 @@ def _trained_params(config: Any, opened: loading.Opened, trained: Mapping[str, A
     rows = flat.get("params/embed_tokens/weight", flat.get("adapter/embed_tokens/weight"))
     if rows is not None and rows.shape[0] > model.vocab_size:
         model = model.replace(vocab_size=rows.shape[0])
+    spec = job.adapter_spec(config, model=model, grows=bool(opened.new_token_ids))
+    model = job.untied(config, model, spec)
     # a frozen base is what the run held, rounded or quantised as there: the adapter was trained beside that
     dtype = config.model.frozen_dtype if "adapter" in trained else "float32"
     variables = loading.load_base(opened, model, dtype, None, quantization=config.peft.quantization)
     if "adapter" in trained:
-        spec = job.adapter_spec(config, model=model, grows=bool(opened.new_token_ids))
         if config.peft.adapter_path:
-            variables["adapter"], _ = peft_format.load_adapter(config.peft.adapter_path, model)
+            layout = opened.files.family.layout
+            variables["adapter"], _ = peft_format.load_adapter(config.peft.adapter_path, model, layout=layout)
         else:  # the constants beside what is trained
             variables["adapter"] = job.new_adapter(variables, spec, config.seed)
         if config.peft.quantization != "none" and config.export.merge_into == "original":

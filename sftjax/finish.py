@@ -22,7 +22,7 @@ from sftjax.parallel import partition
 from sftjax.peft import merge
 from sftjax.phases import phase
 from sftjax.utils import storage
-from sftjax.weights import companions, export, hf, peft_format
+from sftjax.weights import bottleneck_format, companions, export, families, hf, peft_format
 
 VERIFY_TOKENS = 512
 MAX_RELATIVE_DIFFERENCE = 1e-5  # reloaded against the same weights in memory, float32; 0 but for the order of sums
@@ -143,22 +143,20 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
     Raises:
       RuntimeError: what was read back isn't what was trained.
     """
-    config, opened, merged_into = job.config, job.opened, None
+    config, opened, merged_into, versions = job.config, job.opened, None, None
     variables = tree.merge(state.trainable, frozen)
     adapting = "adapter" in variables
     dtype = jnp.dtype(config.export.dtype)
     if adapting and not config.export.merge:
         with phase("exporting"):
-            peft_format.save_adapter(
-                folder, variables["adapter"], job.spec, job.model_config, base_model=config.model.path
-            )
+            versions = write_adapter(job, folder, with_trained_params(variables["adapter"], state.trainable))
             beside = companions.files(
                 None, source=opened.files, tokenizer=opened.tokenizer.files(), stop_ids=opened.tokenizer.stop_ids
             )
             for name, content in beside.items():
                 storage.write_bytes(f"{folder}/{name}", content)
-        adapter, _ = peft_format.load_adapter(folder, job.model_config)
-        reloaded = {**variables, "adapter": adapter}
+        with phase("reading the export back"):
+            reloaded = {**variables, "adapter": read_back(job, folder, variables["adapter"])}
         expected, against = variables, "the base weights in memory with the adapter read back"
     else:
         with phase("exporting"):
@@ -183,6 +181,8 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
         figures = compare_logits(job, expected, reloaded)
         figures["rounding"] = compare_logits(job, variables, reloaded)  # against what was trained
     figures["compared_with"] = against
+    if versions is not None:  # names and shapes are those that PEFT looks for, under these of transformers
+        figures["loads_in_peft_with_transformers"] = versions
     if merged_into:
         figures["merged_into"] = merged_into
     figures["step"] = int(state.step)
@@ -193,6 +193,48 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
     if not passed:
         raise RuntimeError(f"{folder}: the exported model differs from the trained one: {figures}")
     return figures
+
+
+def write_adapter(job, folder: str, adapter: dict[str, Any]) -> list[str] | None:
+    """The adapter's folder, as PEFT reads it, or a bottleneck's as the `adapters` library does.
+
+    Returns:
+      the major versions of transformers with which PEFT loads it.
+    """
+    family, base = job.opened.files.family, job.config.model.path
+    if job.spec.bottleneck:
+        bottleneck_format.save_adapter(
+            folder,
+            adapter,
+            job.spec,
+            job.model_config,
+            model_type=families.family_of(job.opened.files.raw_config),
+            model_class=family.architecture,
+            base_model=base,
+        )
+        return None
+    return peft_format.save_adapter(folder, adapter, job.spec, job.model_config, layout=family.layout, base_model=base)
+
+
+def with_trained_params(adapter: dict[str, Any], trainable: dict[str, Any]) -> dict[str, Any]:
+    """The adapter with those parameters of the base that were trained beside it (`peft.also_train`)."""
+    return tree.unflatten(tree.flatten(trainable.get("params", {})) | tree.flatten(adapter))
+
+
+def read_back(job, folder: str, adapter: dict[str, Any]) -> dict[str, Any]:
+    """The adapter as the folder has it, where the run had its own: rows that only pad the vocabulary are put back."""
+    model = job.model_config
+    if job.spec.bottleneck:
+        return bottleneck_format.load_adapter(folder, model)[0]
+    if model.valid_vocab is not None:
+        model = model.replace(vocab_size=model.valid_vocab, valid_vocab=None)
+    found, _ = peft_format.load_adapter(folder, model, layout=job.opened.files.family.layout)
+    flat, own = tree.flatten(found), tree.flatten(adapter)
+    for path in own.keys() & flat.keys():
+        if path.startswith(("embed_tokens/", "lm_head/")) and flat[path].ndim:
+            missing = own[path].shape[0] - flat[path].shape[0]
+            flat[path] = np.pad(flat[path], [(0, missing)] + [(0, 0)] * (flat[path].ndim - 1))
+    return tree.unflatten(flat)
 
 
 def count_adapters(adapter: dict[str, Any], mesh) -> dict[str, int]:
@@ -287,6 +329,8 @@ def say(job, summary: dict[str, Any]) -> None:
             f"export:  {summary['export']}  (read back: largest logit difference {figures['max_difference']:.2g}, "
             f"top-1 agreement {figures['top1_agreement']:.2%})"
         )
+        if figures.get("loads_in_peft_with_transformers") == ["5"]:
+            print("peft:    loads with transformers 5, not with 4 (export.merge=True gives a model for both)")
         if "merged_into" in figures:
             trained = figures["rounding"]
             print(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,11 +42,11 @@ from sftjax.kernels import nf4
 from sftjax.models import decoder
 from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
-from sftjax.peft import lora
-from sftjax.peft.spec import AdapterSpec
+from sftjax.peft import lora, merge
+from sftjax.peft.spec import AdapterSpec, all_names, find_names
 from sftjax.phases import phase
 from sftjax.utils.storage import is_remote
-from sftjax.weights import export, families, peft_format, vocab
+from sftjax.weights import bottleneck_format, export, families, peft_format, peft_write, vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,10 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     with phase("opening the model"):
         opened = open_model(config)
     model_config = grown(config, opened)
+    spec = adapter_spec(config, model=model_config, grows=bool(opened.new_token_ids))
+    if config.peft.adapter_path:
+        check_scales(config.peft.adapter_path, spec, model_config)
+    model_config = untied(config, model_config, spec)
     families.check_writable(model_config, opened.files.raw_config, text_only=config.export.text_only)
     if opened.files.is_wrapped and config.export.enabled and config.peft.method != "none" and not config.export.merge:
         raise ConfigError(
@@ -123,11 +128,11 @@ def setup(config: config_lib.ConfigDict, folder: runs.RunFolder, allow: Sequence
     report.print()
     report.check()
     total_steps = config.train.max_steps or report.steps
-    spec = adapter_spec(config, model=model_config, grows=bool(opened.new_token_ids))
     given = loading.given_nf4(opened, config.peft.quantization)
     with phase("settling the step"):
         job_program, schedule = build_program(config, model_config, spec, mesh, total_steps, len(mixture.names), given)
     announce(config, job_program, total_steps)
+    check_adapter_export(config, opened, model_config, spec, job_program)
     check_room(config, folder, job_program, total_steps)
     if jax.process_index() == 0:
         write_masks(folder, mixture, opened.tokenizer)
@@ -258,17 +263,79 @@ def adapter_spec(config: config_lib.ConfigDict, *, model: ModelConfig, grows: bo
         dropout=peft.lora_dropout,
         target_modules=names(peft.target_modules),
         exclude_modules=names(peft.exclude_modules),
+        target_parameters=tuple(peft.target_parameters),
         layers_to_transform=tuple(peft.layers_to_transform),
+        layers_pattern=tuple(peft.layers_pattern),
         rank_pattern=tuple(peft.rank_pattern),
         alpha_pattern=tuple(peft.alpha_pattern),
         use_rslora=peft.use_rslora,
         init=peft.init_lora_weights,
+        lora_bias=peft.lora_bias,
         modules_to_save=saved,
+        trainable_token_indices=tuple(peft.trainable_token_indices),
         bias=peft.bias,
         also_train=peft.also_train,
         bottleneck_size=peft.bottleneck_size,
         bottleneck_activation=peft.bottleneck_activation,
     )
+
+
+def untied(config: config_lib.ConfigDict, model: ModelConfig, spec: AdapterSpec) -> ModelConfig:
+    """The model with a head of its own, where the adapter changes the embedding and its tied head apart; says so."""
+    apart = spec.method == "lora" and (
+        spec.targets("model.embed_tokens") or spec.targets("lm_head") or bool(spec.token_rows("lm_head"))
+    )
+    if config.peft.adapter_path:
+        apart = apart or peft_format.fitted_config(config.peft.adapter_path, model) != model
+    if not (model.tie_word_embeddings and apart):
+        return model
+    print("embedding and output head are one weight in this model; the adapter changes them apart, as PEFT does")
+    return model.replace(tie_word_embeddings=False)
+
+
+def check_scales(folder: str, spec: AdapterSpec, model: ModelConfig) -> None:
+    """Makes sure that an adapter to go on from is used as it was trained: what the run records is what it does.
+
+    Raises:
+      ConfigError: the settings give a module another rank or scale.
+    """
+    theirs = peft_format.read_spec(folder)
+    for name in dict.fromkeys(name for names in find_names(decoder.abstract_params(model)).values() for name in names):
+        if not (spec.targets(name) and theirs.targets(name)):
+            continue
+        names = all_names(name)
+        ranks, scales = zip(*((one.rank_of(*names), one.scale_of(*names)) for one in (theirs, spec)), strict=True)
+        if ranks[0] != ranks[1] or not math.isclose(*scales, rel_tol=1e-6):
+            raise ConfigError(
+                f"{folder}: {name} has rank {ranks[0]} and was trained with B·A times {scales[0]:.6g}; the settings "
+                f"make that rank {ranks[1]}, times {scales[1]:.6g}: set peft.r={theirs.rank} "
+                f"peft.lora_alpha={float(theirs.alpha)} peft.use_rslora={theirs.use_rslora} and the patterns as "
+                "adapter_config.json has them"
+            )
+
+
+def check_adapter_export(config, opened: loading.Opened, model: ModelConfig, spec: AdapterSpec, built) -> None:
+    """Makes sure before the first step that what is trained can leave as the settings want it.
+
+    Raises:
+      ConfigError: naming the modules that PEFT would drop; or what can't be merged; with the setting that helps.
+    """
+    adapter = built.abstract_state.trainable.get("adapter")
+    if adapter is None or not config.export.enabled:
+        return
+    if spec.bottleneck:
+        bottleneck_format.check(tree.flatten(adapter) | tree.flatten(built.abstract_state.trainable.get("params", {})))
+        return
+    whole = tree.merge(built.abstract_state.trainable, built.abstract_frozen)
+    if config.export.merge:
+        jax.eval_shape(lambda v: merge.merge(v["params"], v["adapter"], quant=v.get("quant"), dtype=jnp.float32), whole)
+        return
+    leaves = tree.flatten(whole["adapter"]) | tree.flatten(built.abstract_state.trainable.get("params", {}))
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    try:
+        peft_write.check(spec, shapes, model, opened.files.family.layout)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or set export.merge=True, which gives a whole model") from error
 
 
 def build_program(
@@ -431,7 +498,8 @@ def load_variables(job: Job) -> dict[str, Any]:
     if "adapter" in abstract:
         folder = job.config.peft.adapter_path
         if folder:
-            variables["adapter"], _ = peft_format.load_adapter(folder, job.model_config)
+            layout = job.opened.files.family.layout
+            variables["adapter"], _ = peft_format.load_adapter(folder, job.model_config, layout=layout)
             check_adapter(variables["adapter"], abstract["adapter"], folder)
         else:
             variables["adapter"] = new_adapter(variables, job.spec, job.config.seed)

@@ -20,7 +20,7 @@ from sftjax.models.config import ModelConfig
 from sftjax.parallel import mesh as meshes
 from sftjax.parallel import partition
 from sftjax.phases import phase
-from sftjax.weights import gguf, hf, peft_format, vocab
+from sftjax.weights import bottleneck_format, gguf, hf, peft_format, vocab
 from sftjax.weights.files import Folder
 
 
@@ -72,7 +72,7 @@ def open_model(
             template_kwargs=template_kwargs,
         )
     rows = files.config.vocab_size
-    if adapter is not None:
+    if adapter is not None and not bottleneck_format.is_bottleneck(adapter):
         rows = max(rows, peft_format.vocab_rows(adapter) or 0)
     if not tokenizer.added_tokens:
         tokenizer.fit_rows(rows)
@@ -150,7 +150,13 @@ def load_adapter(base: Model, adapter: str) -> Model:
 
 
 def _beside(base: Model, opened: Opened, adapter: str) -> Model:
-    config, params, leaves = with_adapter(base.config, base.variables["params"], adapter)
+    if bottleneck_format.is_bottleneck(adapter):
+        leaves, spec = bottleneck_format.load_adapter(adapter, base.config)
+        leaves = jax.device_put(leaves, partition.shardings({"adapter": leaves}, base.runtime.mesh)["adapter"])
+        runtime = base.runtime.replace(bottleneck_activation=spec.bottleneck_activation)
+        return Model(opened, base.config, runtime, base.variables | {"adapter": leaves})
+    layout = opened.files.family.layout
+    config, params, leaves = with_adapter(base.config, base.variables["params"], adapter, layout)
     placed = {"params": params, "adapter": leaves}
     variables = jax.device_put(placed, partition.shardings(placed, base.runtime.mesh))
     return Model(opened, config, base.runtime, variables)
@@ -162,7 +168,8 @@ def load_base(
     """The weights to train, or to train beside: "params", and with a quantised base "quant".
 
     Args:
-      config: of what is trained; where its vocabulary is larger than the model's own, rows for new tokens are added.
+      config: of what is trained; where its vocabulary is larger than the model's own, rows for new tokens are added;
+        where it isn't tied and the model is, the head becomes a weight of its own.
       dtype: of the parameters; projections are quantised from this, one at a time, while they are read.
       mesh: devices to spread over; None: the default device.
       quantization: "none", "nf4" or "int8".
@@ -185,6 +192,8 @@ def load_base(
     spare = [token for token in opened.new_token_ids if token < own.vocab_size]
     if spare:
         variables["params"] = vocab.start_at_mean(variables["params"], spare)
+    if own.tie_word_embeddings and not config.tie_word_embeddings:
+        variables["params"] = vocab.untie(variables["params"])
     return variables
 
 
@@ -193,8 +202,11 @@ def given_nf4(opened: Opened, quantization: str) -> dict[str, str]:
     return hf.given_nf4(opened.files) if quantization == "nf4" else {}
 
 
-def with_adapter(config: ModelConfig, params: Any, folder: str) -> tuple[ModelConfig, Any, Any]:
-    """A PEFT folder read for a model, whose vocabulary grows where the adapter was trained with more tokens.
+def with_adapter(config: ModelConfig, params: Any, folder: str, layout: str) -> tuple[ModelConfig, Any, Any]:
+    """A PEFT folder read for a model: with more tokens, or a head of its own, where the adapter was trained so.
+
+    Args:
+      layout: how the model's checkpoint names its tensors.
 
     Returns:
       (the model's configuration, its parameters, the adapter's leaves).
@@ -202,7 +214,11 @@ def with_adapter(config: ModelConfig, params: Any, folder: str) -> tuple[ModelCo
     rows = peft_format.vocab_rows(folder)
     if rows is not None and rows > config.vocab_size:
         params, config = vocab.resize_vocab(params, config, rows)
-    return config, params, peft_format.load_adapter(folder, config)[0]
+    leaves, _ = peft_format.load_adapter(folder, config, layout=layout)
+    fitted = peft_format.fitted_config(folder, config)
+    if fitted != config:
+        params = vocab.untie(params)
+    return fitted, params, leaves
 
 
 def digest(*parts: str) -> str:

@@ -123,6 +123,7 @@ def settle(config: config_lib.ConfigDict, target: topology.Target) -> Step:
         model = model.replace(vocab_size=rows, valid_vocab=model.vocab_size)
     mesh = meshes.make({axis: config.mesh[axis] for axis in meshes.AXES}, target.devices)
     spec = job.adapter_spec(config, model=model, grows=False)
+    model = job.untied(config, model, spec)
     program, _ = job.build_program(config, model, spec, mesh, total_steps=config.train.max_steps or 1000)
     return step_of(config, program, target)
 

@@ -20,6 +20,7 @@ from sftjax.kernels import nf4
 from sftjax.models.config import ModelConfig
 from sftjax.models.decoder import Runtime
 from sftjax.parallel import partition
+from sftjax.peft import lora
 
 BATCH_ARRAYS = ("tokens", "targets", "weights", "segment_ids", "positions")
 SOURCE_IDS = "source_ids"  # beside them where the losses of several sources are told apart
@@ -88,7 +89,10 @@ class Program:
         """Numbers of parameters: "trainable", "adapter" and "base" (what the model has without the adapter)."""
 
         def size(part):
-            return sum(leaf.size for path, leaf in tree.flatten(part).items() if not path.endswith("/scale"))
+            counted = [
+                leaf for path, leaf in tree.flatten(part).items() if path.rpartition("/")[2] not in lora.CONSTANTS
+            ]
+            return sum(leaf.size for leaf in counted)
 
         everything = tree.merge(self.abstract_state.trainable, self.abstract_frozen)
         return {

@@ -75,7 +75,15 @@ def loss_and_gradients(
             dropout_rng=rng,
             weights=micro["weights"],
         )
-        nll, token = decoder.token_loss(config, runtime, variables, hidden, micro["targets"], micro["weights"])
+        nll, token = decoder.token_loss(
+            config,
+            runtime,
+            variables,
+            hidden,
+            micro["targets"],
+            micro["weights"],
+            dropout_rng=None if rng is None else jax.random.fold_in(rng, 1),
+        )
         trained = micro["weights"] > 0
         moe_loss = jnp.zeros((), jnp.float32)
         if config.experts is not None:

@@ -41,7 +41,6 @@ def test_defaults_are_valid_once_model_and_data_are_named():
         ("eval.early_stopping_patience", 2, "needs eval.eval_steps"),
         ("peft.r", 0, "peft.r=0"),
         ("peft.quantization", "nf4", "choose a peft.method"),
-        ("peft.method", "houlsby", "set export.enabled=False"),
         ("peft.bottleneck_activation", "swish", "choose one of relu"),
         ("train.decay_ratio", 1.5, r"train\.decay_ratio=1\.5 is not in"),
         ("data.static_lengths", 0, r"data\.static_lengths=0 is not in \[1, inf\)"),

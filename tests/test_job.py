@@ -15,6 +15,7 @@ from sftjax.models import decoder
 from sftjax.models.config import LayerSpec, ModelConfig, Rope
 from sftjax.parallel import mesh as meshes
 from sftjax.peft.spec import AdapterSpec
+from sftjax.weights import peft_format
 
 MODEL = ModelConfig(
     vocab_size=96,
@@ -39,13 +40,16 @@ def test_every_field_of_an_adapter_can_be_set():
         "lora_dropout": 0.1,
         "target_modules": ("q_proj", "v_proj"),
         "exclude_modules": ("layers.1.self_attn.v_proj",),
+        "target_parameters": ("mlp.experts.down_proj",),
         "layers_to_transform": (1,),
+        "layers_pattern": ("layers",),
         "rank_pattern": (("q_proj", 2),),
         "alpha_pattern": (("q_proj", 3),),
         "use_rslora": True,
         "init_lora_weights": "gaussian",
         "bias": "lora_only",
         "modules_to_save": ("embed_tokens",),
+        "trainable_token_indices": (("lm_head", (1, 2)),),
         "also_train": "params/norm/weight",
         "bottleneck_size": 7,
         "bottleneck_activation": "gelu",
@@ -58,7 +62,11 @@ def test_every_field_of_an_adapter_can_be_set():
         for field in dataclasses.fields(AdapterSpec)
         if field.name != "method" and getattr(spec, field.name) == getattr(plain, field.name)
     ]
-    assert not unchanged
+    assert unchanged == ["lora_bias"]  # which PEFT has beside neither DoRA nor another start
+    config.peft.method, config.peft.init_lora_weights, config.peft.lora_bias = "lora", "default", True
+    assert job.adapter_spec(config, model=MODEL, grows=False).lora_bias
+    config.peft.trainable_token_indices = ()  # the head of this model is tied
+    spec = job.adapter_spec(config, model=MODEL, grows=False)
     abstract = jax.eval_shape(
         lambda params: job.new_adapter({"params": params}, spec, 0), decoder.abstract_params(MODEL)
     )
@@ -128,3 +136,18 @@ def test_an_adapter_that_is_not_what_the_settings_say_is_refused():
     with pytest.raises(ConfigError, match="is missing"):
         job.check_adapter(fewer, adapter, "there")
     assert np.all(np.asarray(adapter["layers_0"]["0"]["mlp"]["up_proj"]["lora_B"]) == 0)
+
+
+def test_an_adapter_to_go_on_from_keeps_its_ranks_and_scales(tmp_path):
+    """What config.json records is what the run does."""
+    params, spec = decoder.init_params(jax.random.key(0), MODEL), AdapterSpec(rank=4, alpha=8)
+    adapter = job.new_adapter({"params": params}, spec, 0)
+    peft_format.save_adapter(tmp_path, adapter, spec, MODEL, layout="plain")
+    for same in (spec, AdapterSpec(rank=4, alpha=4, use_rslora=True)):
+        job.check_scales(str(tmp_path), same, MODEL)
+    with pytest.raises(
+        ConfigError, match=r"times 2; .* times 4: set peft.r=4 peft.lora_alpha=8.0 peft.use_rslora=False"
+    ):
+        job.check_scales(str(tmp_path), AdapterSpec(rank=4, alpha=16), MODEL)
+    with pytest.raises(ConfigError, match=r"has rank 4 .* rank 8"):
+        job.check_scales(str(tmp_path), AdapterSpec(rank=8, alpha=16), MODEL)

@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
     spec = AdapterSpec(method="lora", rank=2, alpha=4.0)
     adapter = lora.init(jax.random.key(1), params, spec)
     adapter = tree.map_paths(lambda path, leaf: leaf + 0.2 if path.endswith("lora_B") else leaf, adapter)
-    peft_format.save_adapter(home / "adapter", adapter, spec, opened.config)
+    peft_format.save_adapter(home / "adapter", adapter, spec, opened.config, layout="plain")
     return base, home / "adapter"
 
 

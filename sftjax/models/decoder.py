@@ -22,6 +22,7 @@ from sftjax.models import cache as caches
 from sftjax.models import layers, moe, ops
 from sftjax.models.config import LayerSpec, ModelConfig, layer_plan
 from sftjax.models.layers import BATCH, Runtime
+from sftjax.peft import lora
 
 __all__ = [
     "Runtime",
@@ -84,7 +85,7 @@ def hidden_states(
 
 def logits(config: ModelConfig, runtime: Runtime, variables: Variables, hidden: Array) -> Array:
     """Float32 `[..., V]`, scaled and capped as the model has it; rows that only pad the table get -inf."""
-    weight = head_weight(config, variables)
+    hidden, weight = head(config, variables, hidden)
     flat = forward_product(hidden, weight.astype(hidden.dtype), jnp.float32)
     flat = ops.soft_cap(flat * config.logit_scale, config.final_soft_cap)
     if config.valid_vocab is not None:
@@ -100,11 +101,18 @@ def token_loss(
     hidden_BxLxD: Array,
     targets_BxL: Array,
     weights_BxL: Array,
+    *,
+    dropout_rng: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """sum(weights * nll), f32, without ever holding `[B, L, V]`; for each token `nll` f32 and `correct` `[B, L]`."""
+    """sum(weights * nll), f32, without ever holding `[B, L, V]`; for each token `nll` f32 and `correct` `[B, L]`.
+
+    `dropout_rng`: a key for the dropout of an adapter of the head.
+    """
+    rate = runtime.adapter_dropout
+    hidden_BxLxD, weight = head(config, variables, hidden_BxLxD, dropout_rate=rate, dropout_rng=dropout_rng)
     total, nll, correct = cross_entropy(
         hidden_BxLxD,
-        head_weight(config, variables),
+        weight,
         targets_BxL,
         weights_BxL,
         logit_scale=config.logit_scale,
@@ -113,6 +121,16 @@ def token_loss(
         mesh=runtime.mesh,
     )
     return total, {"nll": nll, "correct": correct}
+
+
+def head(config: ModelConfig, variables: Variables, hidden: Array, **dropout: Any) -> tuple[Array, Array]:
+    """Hidden state and output head as they are multiplied: see `lora.extend` for what an adapter adds to both."""
+    weight, adapters = head_weight(config, variables), variables.get("adapter", {})
+    leaves = adapters.get("lm_head", {})
+    if config.tie_word_embeddings:  # rows that are trained change on both sides, LoRA changes what is looked up
+        rows = adapters.get("embed_tokens", {})
+        leaves = {name: rows[name] for name in ("trainable_tokens", "token_indices") if name in rows}
+    return lora.extend(hidden, weight, leaves, **dropout)
 
 
 def head_weight(config: ModelConfig, variables: Variables) -> Array:
@@ -324,8 +342,7 @@ class Embedding(nn.Module):
         config, runtime = self.config, self.runtime
         shape = (config.vocab_size, config.hidden_size)
         table = layers.gathered(self, layers.trained(self, "weight", layers.init_matrix, shape))
-        # Gathered in the table's own dtype, so that the gradient of a frequent token isn't summed in bfloat16.
-        x = jnp.take(table, tokens_BxL, axis=0, mode="clip").astype(runtime.compute_dtype)
+        x = lora.look_up(tokens_BxL, table, self.variables.get("adapter", {}), runtime.compute_dtype)
         x = runtime.constrain(x, BATCH, "context", None)
         key = layers.dropout_key(self, runtime.neftune_alpha)
         if key is not None:

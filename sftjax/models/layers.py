@@ -9,6 +9,7 @@ A weight is looked up in this order: `adapter` (a module trained in full beside 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -92,14 +93,7 @@ class Linear(nn.Module):
         else:
             y = linear(x, gathered(self, trained(self, "weight", init_matrix, (self.features, x.shape[-1]))))
         if self.has_variable("adapter", "lora_A"):
-            y = lora.apply(
-                x,
-                y,
-                leaves(self, "adapter"),
-                dropout_rate=self.runtime.adapter_dropout,
-                dropout_rng=dropout_key(self, self.runtime.adapter_dropout),
-                base_weight=lambda: stored_weight(self),
-            )
+            y = adapted(self, x, y, lambda: stored_weight(self))
         if self.use_bias:
             bias = trained(self, "bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
@@ -207,6 +201,14 @@ def trained(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Array
     if module.has_variable("adapter", name):
         return module.get_variable("adapter", name)
     return module.param(name, init, shape, jnp.float32)
+
+
+def adapted(module: nn.Module, x: Array, y: Array, base_weight: Callable[[], Array]) -> Array:
+    """The output `y` of a module with what its adapter adds to it."""
+    rate = module.runtime.adapter_dropout
+    key = dropout_key(module, rate)
+    parts = leaves(module, "adapter")
+    return lora.apply(x, y, parts, dropout_rate=rate, dropout_rng=key, base_weight=base_weight)
 
 
 def leaves(module: nn.Module, collection: str) -> dict[str, Array]:

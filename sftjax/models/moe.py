@@ -40,7 +40,7 @@ class MoeMlp(nn.Module):
     def __call__(self, x_BxLxD: Array, real_BxL: Array) -> tuple[Array, dict[str, Array]]:
         experts = self.experts
         x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
-        logits_NxE = Router(experts, name="router")(x_NxD)
+        logits_NxE = Router(experts, self.runtime, name="router")(x_NxD)
         weights_NxC, chosen_NxC = route(logits_NxE, experts)
         rows = x_BxLxD.shape[:2]
         out = ExpertMlps(self.config, self.runtime, experts, name="experts")(
@@ -60,11 +60,15 @@ class Router(nn.Module):
     """One float32 logit per expert: rounding here would send tokens to other experts."""
 
     experts: Experts
+    runtime: layers.Runtime
 
     @nn.compact
     def __call__(self, x_NxD: Array) -> Array:
         weight = layers.trained(self, "weight", layers.init_matrix, (self.experts.count, x_NxD.shape[-1]))
-        logits = jnp.einsum("nd,ed->ne", x_NxD.astype(jnp.float32), weight.astype(jnp.float32))
+        x_NxD = x_NxD.astype(jnp.float32)
+        logits = jnp.einsum("nd,ed->ne", x_NxD, weight.astype(jnp.float32))
+        if self.has_variable("adapter", "lora_A"):
+            logits = layers.adapted(self, x_NxD, logits, lambda: weight)
         if self.experts.router_bias:
             bias = layers.trained(self, "bias", nn.initializers.zeros, (self.experts.count,))
             logits = logits + bias.astype(jnp.float32)[None, :]

@@ -49,6 +49,10 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (rf".*/{_ROWS}/(?:bias|magnitude)", (None,)),
     # int8 keeps a scale for each output, LoRA one for each layer: both are small
     (r".*/(?:scale|absmax_scale|absmax_offset)", ()),
+    (r"(?:lm_head|embed_tokens)/trainable_tokens", (None, "fsdp")),
+    (r"(?:lm_head|embed_tokens)/token_indices", (None,)),
+    (rf"(?:.*/{_COLUMNS}|lm_head)/lora_bias", ("tensor",)),
+    (rf".*/(?:{_ROWS}|router|shared_expert_gate)/lora_bias", (None,)),
     # adapters: A [rank, in] is cut as the base's input, B [out, rank] as its output
     (rf"(?:.*/{_COLUMNS}|lm_head|embed_tokens|.*/router|.*/shared_expert_gate)/(?:initial_)?lora_A", (None, "fsdp")),
     (rf"(?:.*/{_COLUMNS}|lm_head|embed_tokens)/(?:initial_)?lora_B", ("tensor", None)),

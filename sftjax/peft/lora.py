@@ -5,9 +5,13 @@ Shapes: `R` rank, `...` any batch axes. One module's leaves, inside the scan ove
     lora_A [R, in]   lora_B [out, R]   scale []      y = W x + scale * B (A x)
     magnitude [out]                                  DoRA: y = magnitude / |W + scale * B A|  *  (the above)
     initial_lora_A, initial_lora_B                   PiSSA: A and B as they were at step 0, never trained
+    lora_bias [out]                                  y = ... + scale * lora_bias
+    trainable_tokens [n, in], token_indices [n]      rows of the embedding or the head that replace its own
 
 In the tree each has a leading `[repeat]` axis, on experts `[repeat, expert]` (but `scale`). Layers of smaller rank are
-padded with zeros up to the largest: the gradient of padding is exactly zero, so it stays zero.
+padded with zeros up to the largest: the gradient of padding is exactly zero, so it stays zero. The embedding and the
+head have no leading axis. Both are `[V, D]`, so PEFT's lora_embedding_A is B transposed, and its lora_embedding_B is A
+transposed; the embedding's magnitude is `[D]`, over whose columns DoRA takes the norms there.
 
 PiSSA trains the principal part of W and freezes the rest, W - s·B₀A₀. Here W stays as it is and B₀A₀ is subtracted in
 the forward pass: the same function and gradients, with a base that other runs, quantisation and export can share.
@@ -17,6 +21,7 @@ Sources: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353, 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -33,7 +38,9 @@ from sftjax.peft import adapters
 from sftjax.peft.spec import AdapterSpec, Target, find_targets, saved_modules
 
 Array = jax.Array
-TRAINED = ("lora_A", "lora_B", "magnitude", "weight", "bias")  # not scale, initial_lora_A, initial_lora_B
+# not scale, initial_lora_A, initial_lora_B, token_indices
+TRAINED = ("lora_A", "lora_B", "magnitude", "lora_bias", "trainable_tokens", "weight", "bias")
+CONSTANTS = ("scale", "token_indices")
 
 
 def apply(
@@ -62,16 +69,84 @@ def apply(
     """
     if "lora_A" not in adapter:
         return y_base
-    if dropout_rng is not None and dropout_rate > 0:
-        keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, x.shape)
-        x = jnp.where(keep, x / (1 - dropout_rate), 0).astype(x.dtype)
+    x = _dropped(x, dropout_rate, dropout_rng)
     low_A, low_B = signed_factors(adapter)
     low = matmul(x, low_A.astype(x.dtype)) * adapter["scale"].astype(x.dtype)
     delta = matmul(low, low_B.astype(x.dtype)).astype(y_base.dtype)
+    if "lora_bias" in adapter:
+        delta = delta + _as_row(adapter["lora_bias"] * adapter["scale"], delta)
     if "magnitude" not in adapter:
         return y_base + delta
     factor = _dora_factor(adapter, base_weight()).reshape((1,) * (y_base.ndim - 1) + (-1,))
     return (factor * (y_base + delta).astype(jnp.float32)).astype(y_base.dtype)
+
+
+def look_up(tokens: Array, table: Array, adapter: Mapping[str, Array], dtype: jnp.dtype) -> Array:
+    """Rows of an embedding as its adapter has them.
+
+    Args:
+      tokens: int `[...]`.
+      table: `[V, D]`, rows taken in its own dtype, so that the gradient of a frequent token isn't summed in bfloat16.
+      adapter: the embedding's leaves, maybe none.
+      dtype: of the result `[..., D]`.
+    """
+    x = jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
+    if "lora_A" in adapter:
+        low_A, low_B = signed_factors(adapter)
+        rows = jnp.take(low_B, tokens, axis=0, mode="clip").astype(dtype)
+        x = x + linear(rows * adapter["scale"].astype(dtype), low_A.T.astype(dtype))
+        if "magnitude" in adapter:
+            x = x * _as_row(_dora_factor(adapter, table, axis=0), x)
+    if "trainable_tokens" in adapter:
+        among = tokens[..., None] == adapter["token_indices"].reshape((1,) * tokens.ndim + (-1,))
+        own = jnp.take(adapter["trainable_tokens"], jnp.argmax(among, axis=-1), axis=0).astype(dtype)
+        x = jnp.where(jnp.any(among, axis=-1)[..., None], own, x)
+    return x
+
+
+def extend(
+    hidden: Array,
+    weight: Array,
+    adapter: Mapping[str, Array],
+    *,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+) -> tuple[Array, Array]:
+    """The head with its adapter as one product: `hidden' [..., D'] · weight' [V, D']`, of whatever type they have.
+
+        logits = x Wᵀ + s (x Aᵀ) Bᵀ + s b  =  [x, s x Aᵀ, s] [W, B, b]ᵀ
+
+    So nothing that takes a hidden state and a head has to know of adapters, and B isn't rounded with W.
+    """
+    if "trainable_tokens" in adapter:
+        rows = adapter["trainable_tokens"].astype(weight.dtype)
+        weight = weight.at[adapter["token_indices"]].set(rows, unique_indices=True)
+    if "lora_A" not in adapter:
+        return hidden, weight
+    low_A, low_B = signed_factors(adapter)
+    scale = adapter["scale"].astype(hidden.dtype)
+    inputs = _dropped(hidden, dropout_rate, dropout_rng)
+    columns, features = [weight, low_B], [hidden, linear(inputs, low_A.astype(hidden.dtype)) * scale]
+    if "lora_bias" in adapter:
+        columns.append(adapter["lora_bias"][:, None])
+        features.append(jnp.broadcast_to(scale, (*hidden.shape[:-1], 1)))
+    if "magnitude" in adapter:
+        factor = _dora_factor(adapter, weight)[:, None]
+        columns = [factor * column for column in columns]
+    kind = jnp.result_type(*columns)
+    return jnp.concatenate(features, axis=-1), jnp.concatenate([column.astype(kind) for column in columns], axis=-1)
+
+
+def _dropped(x: Array, rate: float, rng: Array | None) -> Array:
+    if rng is None or rate <= 0:
+        return x
+    keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def _as_row(vector: Array, like: Array) -> Array:
+    """A vector along the last axis of another array, in its dtype."""
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,)).astype(like.dtype)
 
 
 def delta_weight(adapter: Mapping[str, Array]) -> Array:
@@ -83,12 +158,14 @@ def delta_weight(adapter: Mapping[str, Array]) -> Array:
     return product * scale.reshape(scale.shape + (1,) * (product.ndim - scale.ndim))
 
 
-def weight_norm(weight: Array, adapter: Mapping[str, Array]) -> Array:
-    """`|W + scale * B A|` over inputs, float32 `[out]`, without building the sum.
+def weight_norm(weight: Array, adapter: Mapping[str, Array], axis: int = -1) -> Array:
+    """`|W + scale * B A|` over inputs, float32 `[out]`, without building the sum; with axis 0 over outputs, `[in]`.
 
     |W + sBA|² = |W|² + 2 s (W Aᵀ · B) + s² (B (A Aᵀ) · B), each a row sum: the largest array is `[out, R]`.
     """
     low_A, low_B = (part.astype(jnp.float32) for part in signed_factors(adapter))
+    if axis == 0:
+        weight, low_A, low_B = weight.T, low_B.T, low_A.T
     scale = adapter["scale"]
     squares = jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=-1)
     exact = jax.lax.Precision.HIGHEST
@@ -127,7 +204,22 @@ def init(rng: Array, params: tree.Tree, spec: AdapterSpec, *, quant: tree.Tree |
     flat_params = tree.flatten(params)
     for path in _copied(params, spec, quant) if spec.method != "full" else ():
         flat[path] = jnp.asarray(flat_params[path], jnp.float32)
+    for module, rows in spec.trainable_token_indices if spec.method != "full" else ():
+        flat |= {f"{module}/{name}": leaf for name, leaf in _init_rows(module, rows, flat_params).items()}
     return tree.unflatten(flat)
+
+
+def _init_rows(module: str, rows: tuple[int, ...], params: Mapping[str, Array]) -> dict[str, Array]:
+    """The trained rows of the embedding or the head, as they are in the base."""
+    weight = params.get(f"{module}/weight")
+    if weight is None:
+        raise ConfigError(f"peft.trainable_token_indices: no {module} in this model: its head is tied to the embedding")
+    if max(rows) >= weight.shape[0]:
+        raise ConfigError(
+            f"peft.trainable_token_indices: {module} has {weight.shape[0]} rows, and row {max(rows)} is wanted"
+        )
+    indices = np.asarray(rows, np.int32)
+    return {"token_indices": jnp.asarray(indices), "trainable_tokens": jnp.asarray(weight[indices], jnp.float32)}
 
 
 def _copied(params: tree.Tree, spec: AdapterSpec, quant: tree.Tree | None) -> list[str]:
@@ -192,10 +284,10 @@ def signed_factors(adapter: Mapping[str, Array]) -> tuple[Array, Array]:
     return low_A, low_B
 
 
-def _dora_factor(adapter: Mapping[str, Array], weight: Array) -> Array:
+def _dora_factor(adapter: Mapping[str, Array], weight: Array, axis: int = -1) -> Array:
     """magnitude / |W + s B A| `[out]`, the norm a constant to the gradient (section 4.3 of the paper)."""
     fixed = {name: jax.lax.stop_gradient(leaf) for name, leaf in adapter.items()}
-    norm = weight_norm(jax.lax.stop_gradient(weight), fixed)
+    norm = weight_norm(jax.lax.stop_gradient(weight), fixed, axis)
     # a layer that isn't targeted has scale 0 and must not train its magnitude either
     return jnp.where(adapter["scale"] == 0, 1.0, adapter["magnitude"] / norm)
 
@@ -204,6 +296,19 @@ def _init_module(key: Array, path: str, target: Target, spec: AdapterSpec, weigh
     *leading, outputs, inputs = target.shape
     if spec.use_dora and len(leading) > 1:
         raise ConfigError(f"DoRA on experts ({path}) isn't supported; exclude them in peft.exclude_modules")
+    if spec.lora_bias and (len(leading) > 1 or path == "embed_tokens"):
+        raise ConfigError(f"lora_bias on {path}: PEFT has none there; exclude it in peft.exclude_modules")
+    if path == "embed_tokens" and spec.init not in ("default", "gaussian"):
+        raise ConfigError(f"init {spec.init!r} on the embedding: PEFT has none there; use default or gaussian")
+    if not target.stacked:  # the embedding or the head, as a stack of one
+        stack = dataclasses.replace(target, names=("model.layers.",), shape=(1, *target.shape))
+        found = _init_module(key, f"/{path}", stack, spec, None if weight is None else weight[None])
+        found = {name: leaf[0] for name, leaf in found.items()}
+        if path == "embed_tokens":
+            found["lora_A"] = jax.random.normal(key, found["lora_A"].shape)
+            if spec.use_dora:
+                found["magnitude"] = jnp.linalg.norm(jnp.asarray(weight, jnp.float32), axis=0)
+        return found
     rank = max(target.ranks)
     used = np.arange(rank) < np.asarray(target.ranks)[:, None]  # [repeat, R]
     used_A = jnp.asarray(used.reshape(len(used), *(1,) * (len(leading) - 1), rank, 1))
@@ -214,6 +319,8 @@ def _init_module(key: Array, path: str, target: Target, spec: AdapterSpec, weigh
         # copies: the trained ones are donated to the step, the others must outlive it
         leaves |= {"lora_A": low_A, "lora_B": low_B}
         leaves |= {"initial_lora_A": jnp.copy(low_A), "initial_lora_B": jnp.copy(low_B)}
+    elif spec.init == "orthogonal":
+        leaves |= _orthogonal(key, target)
     else:
         shape = (*leading, rank, inputs)
         if spec.init == "gaussian":
@@ -223,11 +330,31 @@ def _init_module(key: Array, path: str, target: Target, spec: AdapterSpec, weigh
             low_A = jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) / np.sqrt(inputs)
         leaves["lora_A"] = jnp.where(used_A, low_A, 0.0).astype(jnp.float32)
         leaves["lora_B"] = jnp.zeros((*leading, outputs, rank), jnp.float32)
+    if spec.lora_bias:
+        leaves["lora_bias"] = jnp.zeros((*leading, outputs), jnp.float32)
     if spec.use_dora:
         leaves["magnitude"] = jax.lax.map(
             lambda w: jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float32)), axis=-1)), jnp.asarray(weight)
         )
     return leaves
+
+
+def _orthogonal(key: Array, target: Target) -> dict[str, Array]:
+    """A and B whose product is 0 at first, as their ranks are orthogonal to each other: odd ones for A, even for B."""
+    *leading, outputs, inputs = target.shape
+    rank = max(target.ranks)
+    if any(one not in (0, rank) for one in target.ranks) or rank % 2:
+        raise ConfigError(
+            f"init 'orthogonal': {target.names[0]} needs one even rank in all its layers, not {target.ranks}"
+        )
+    keys = jax.random.split(key, 3)
+    basis = jnp.linalg.qr(jax.random.normal(keys[0], (*leading, rank, rank)))[0]
+    left = jax.random.normal(keys[1], (*leading, inputs, rank // 2))
+    right = jax.random.normal(keys[2], (*leading, outputs, rank // 2))
+    used = jnp.asarray(target.ranks, jnp.float32).reshape(-1, *(1,) * (len(leading) + 1)) > 0
+    low_A = jnp.swapaxes(jnp.matmul(left, basis[..., 0::2, :], precision="highest"), -1, -2) / 10.0
+    low_B = jnp.matmul(right, basis[..., 1::2, :], precision="highest") / 10.0
+    return {"lora_A": jnp.where(used, low_A, 0.0), "lora_B": jnp.where(used, low_B, 0.0)}
 
 
 def _principal(weight: Array, target: Target, spec: AdapterSpec) -> tuple[Array, Array]:

@@ -59,6 +59,11 @@ def start_at_mean(params: Mapping[str, Any], ids: Sequence[int]) -> dict[str, An
     return tree.unflatten(flat)
 
 
+def untie(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with a head of its own, which is the same array as the embedding."""
+    return dict(params) | {"lm_head": {"weight": params["embed_tokens"]["weight"]}}
+
+
 def _grow(weight: jax.Array, old: int, new: int, rows: int) -> jax.Array:
     weight = weight[:old]
     mean = jnp.mean(weight, axis=0, keepdims=True, dtype=jnp.float32).astype(weight.dtype)

@@ -255,7 +255,7 @@ def test_five_steps_follow_peft_and_torch(tmp_path, variant):
 
 
 def peft_tensors(folder, adapter, spec, config):
-    peft_format.save_adapter(folder / "start", adapter, spec, config)
+    peft_format.save_adapter(folder / "start", adapter, spec, config, layout="plain")
     return load_file(folder / "start" / "adapter_model.safetensors")
 
 
@@ -312,7 +312,7 @@ def test_embedding_trained_in_full(folders, family):
     files, _ = load_base(base)
     adapter, spec = peft_format.load_adapter(adapter_path, files.config)
     again = adapter_path.with_name("again")
-    peft_format.save_adapter(again, adapter, spec, files.config)
+    peft_format.save_adapter(again, adapter, spec, files.config, layout="plain")
     before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter_path, again))
     assert before.keys() == after.keys()
     same_logits(base, adapter_path, again)

@@ -114,7 +114,9 @@ def test_five_steps_follow_torch(torch, ours, theirs, samples, tmp_path, method)
     variables = {"params": jax.tree.map(jnp.array, ours.variables["params"])}
     if method == "lora":
         variables["adapter"] = lora.init(jax.random.key(0), variables["params"], spec)
-        peft_format.save_adapter(tmp_path, variables["adapter"], spec, ours.config, base_model=str(MODEL))
+        peft_format.save_adapter(
+            tmp_path, variables["adapter"], spec, ours.config, base_model=str(MODEL), layout="plain"
+        )
         from peft import PeftModel
 
         theirs = PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
@@ -187,7 +189,7 @@ def test_exports_answer_as_before_the_export(torch, ours, samples, tmp_path, for
     if form == "adapter":
         from peft import PeftModel
 
-        peft_format.save_adapter(tmp_path, adapter, spec, ours.config, base_model=str(MODEL))
+        peft_format.save_adapter(tmp_path, adapter, spec, ours.config, base_model=str(MODEL), layout="plain")
         base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
         theirs = PeftModel.from_pretrained(base, tmp_path)
     else:

@@ -106,10 +106,12 @@ def test_patterns_give_ranks_and_scales_layer_by_layer():
 
 
 def test_what_matches_nothing_or_is_no_projection_is_refused():
-    with pytest.raises(ConfigError, match="matches no module; this model has down_proj, q_proj, up_proj"):
+    with pytest.raises(
+        ConfigError, match="matches no module; this model has down_proj, embed_tokens, lm_head, q_proj, router, up_proj"
+    ):
         targets(target_modules="query")
     with pytest.raises(ConfigError, match="modules_to_save"):
-        targets(target_modules=("lm_head",))
+        targets(target_modules=("norm",))
     with pytest.raises(ConfigError, match="no module 'head'"):
         lora.init(jax.random.key(0), PARAMS, AdapterSpec(modules_to_save=("head",)))
     tied = {name: branch for name, branch in PARAMS.items() if name != "lm_head"}

@@ -57,7 +57,7 @@ def test_merges_an_adapter_in_float32(tmp_path):
     spec = AdapterSpec(method="lora", rank=4, alpha=8.0)
     adapter = lora.init(jax.random.key(0), params, spec)
     adapter = tree.map_paths(lambda path, leaf: leaf + 0.1 if path.endswith("lora_B") else leaf, adapter)
-    peft_format.save_adapter(tmp_path / "adapter", adapter, spec, model.config)
+    peft_format.save_adapter(tmp_path / "adapter", adapter, spec, model.config, layout="plain")
     convert.convert(model.path, str(tmp_path / "out"), adapter=str(tmp_path / "adapter"), dtype="bfloat16")
     same(tmp_path / "out", merge.merge(params, adapter, dtype=jnp.float32))
 
