@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,7 +17,8 @@ from sftjax.data.types import RowError
 
 COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns", "utterances", "data")
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
-_SYSTEM = frozenset(SYSTEM_COLUMNS)
+_SYSTEM, _ROLES = frozenset(SYSTEM_COLUMNS), frozenset(ROLES)
+_role = operator.itemgetter("role")
 _WHO, _WHAT = ("role", "from", "speaker"), ("content", "value", "text")
 _CALLS = ("function_call", "tool_call", "tool_calls")  # as a speaker: the assistant calls a tool
 _PAIRS = (
@@ -44,6 +46,11 @@ def sharegpt(row) -> Iterator[Conversation]:
 
 def read(turns: Sequence, what: str) -> list[Mapping]:
     """Turns as messages: `role` and `content`, and whatever else a turn has."""
+    try:
+        if _ROLES.issuperset(map(_role, turns)):  # nearly all rows
+            return turns
+    except (KeyError, TypeError):
+        pass
     if turns and isinstance(turns[0], str):
         if not all(isinstance(turn, str) for turn in turns):
             raise RowError("wrong_type", "the turns are texts and objects mixed")

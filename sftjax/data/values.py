@@ -110,8 +110,9 @@ def as_json(value) -> str:
 def refuse_media(holder: Mapping[str, Any], where: str) -> None:
     """Refuses a row or a message with a picture, video or sound: the model wouldn't see it, and would be trained."""
     named = () if MEDIA.isdisjoint(holder) else [key for key in holder if key in MEDIA and not _is_empty(holder[key])]
-    # a file as Arrow holds it
-    files = [k for k, v in holder.items() if type(v) is dict and v.keys() == {"bytes", "path"} and any(v.values())]
+    files = ()
+    if dict in map(type, holder.values()):  # a file as Arrow holds it
+        files = [k for k, v in holder.items() if type(v) is dict and v.keys() == {"bytes", "path"} and any(v.values())]
     for key in (*named, *files):
         raise RowError(
             "unsupported_content",
