@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -341,7 +342,8 @@ class Checkpointer:
             if step not in steps:
                 raise StorageError(f"{self._directory}: there is no checkpoint {step}; there are {steps or 'none'}")
             try:
-                return self._read(step, abstract_state)
+                with _quiet():
+                    return self._read(step, abstract_state)
             except Damaged as error:
                 raise StorageError(f"{self._directory}/{step} is damaged: {error}; choose another step") from error
         with _quiet():
@@ -437,12 +439,13 @@ def restore_params(
     if step is not None and step not in steps:
         raise StorageError(f"{directory}: there is no checkpoint {step}; there are {sorted(steps) or 'none'}")
     reasons = []
-    for candidate in [step] if step is not None else steps:
-        try:
-            return candidate, *_read_branch(root / str(candidate), prefix, abstract)
-        except Damaged as error:
-            log.warning("checkpoint %d is damaged: %s", candidate, error)
-            reasons.append(f"{candidate}: {error}")
+    with _quiet():
+        for candidate in [step] if step is not None else steps:
+            try:
+                return candidate, *_read_branch(root / str(candidate), prefix, abstract)
+            except Damaged as error:
+                log.warning("checkpoint %d is damaged: %s", candidate, error)
+                reasons.append(f"{candidate}: {error}")
     raise StorageError(f"{directory}: no sound checkpoint ({'; '.join(reasons) or 'none was saved'})")
 
 
@@ -523,14 +526,15 @@ def _from_signature(signature: str, sharding: Sharding) -> jax.ShapeDtypeStruct:
 
 @contextlib.contextmanager
 def _quiet():
-    """Keeps asyncio from printing what TensorStore's other reads came to; the first error is reported by us."""
+    """Keeps Python from printing what TensorStore's other reads came to; the first error is reported by us."""
     logger = logging.getLogger("asyncio")
     before, logger.disabled = logger.disabled, True
+    told, sys.unraisablehook = sys.unraisablehook, lambda late: log.debug("%s: %s", late.object, late.exc_value)
     try:
         yield
     finally:
         gc.collect()  # it prints when the futures are collected
-        logger.disabled = before
+        logger.disabled, sys.unraisablehook = before, told
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ num_tokens, mean_token_accuracy; of an evaluation the same behind `eval_`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -211,7 +212,8 @@ class MetricsLog:
         try:
             action(self._extras[name])
         except Exception as error:
-            del self._extras[name]
+            with contextlib.suppress(Exception):
+                self._extras.pop(name).close()
             self._warn(f"warning: {name} failed ({_line(error)}); the run goes on without it")
 
 

@@ -66,6 +66,8 @@ BANNED_MODULES = {
     "tensorflow": "is no dependency",
 }
 BANNED_CALLS = {"eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+# A forked child inherits the locks of threads that it doesn't have; JAX has many. (sftjax/data/processes.py spawns.)
+FORKS = {"os.fork", "multiprocessing.Process", "multiprocessing.Pool", "multiprocessing.get_context('fork')"}
 
 
 @cache
@@ -157,7 +159,7 @@ def unsafe_or_heavy(tree: ast.AST) -> list[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
-        if ast.unparse(node.func) in BANNED_CALLS:
+        if ast.unparse(node.func) in BANNED_CALLS | FORKS or ast.unparse(node) in FORKS:
             problems.append(f"line {node.lineno}: {ast.unparse(node.func)}()")
         for keyword in node.keywords:
             if keyword.arg in ("allow_pickle", "shell", "trust_remote_code") and ast.unparse(keyword.value) != "False":
@@ -173,6 +175,7 @@ def test_nothing_unsafe_and_nothing_heavy():
     }
     assert not found
     assert len(unsafe_or_heavy(ast.parse("import torch.nn, pickle\neval(x)\nload(x, allow_pickle=True)"))) == 4
+    assert len(unsafe_or_heavy(ast.parse("os.fork()\nmultiprocessing.get_context('fork').Pool()"))) == 2
 
 
 def test_tools_are_run_as_programs():

@@ -56,4 +56,4 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" HF_HUB_OFFLINE=1
 say "Testing with Python $PYTHON_VERSION, $("$VENV_PYTHON" -c 'import jax; print("jax", jax.__version__)'): $select"
 workers=$(getconf _NPROCESSORS_ONLN 2> /dev/null || echo 1)
 [ "$workers" -le 4 ] || workers=4 # each holds a model or two
-exec "$VENV_PYTHON" -m pytest -m "$select" -n "$workers" --dist loadfile ${rest[@]+"${rest[@]}"}
+exec "$VENV_PYTHON" -m pytest -m "$select" -n "$workers" --dist loadfile --no-loadscope-reorder ${rest[@]+"${rest[@]}"}

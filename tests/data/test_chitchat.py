@@ -49,9 +49,11 @@ def test_split_by_dialogue(tmp_path):
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 200 and 20 < len(sides[1]) < 60
     before = train.read_bytes()
     chitchat.write_split(wheel(tmp_path / "w2.whl", *many[::-1]), tmp_path / "again", held_out=0.2)
-    assert sorted(json.loads(x)["messages"][0]["content"] for x in (tmp_path / "again/train.jsonl").open()) == sorted(
-        json.loads(line)["messages"][0]["content"] for line in before.splitlines()
-    )  # the side depends on the words alone
+    first, again = (
+        sorted(json.loads(line)["messages"][0]["content"] for line in text.splitlines())
+        for text in (before, (tmp_path / "again/train.jsonl").read_bytes())
+    )
+    assert first == again  # the side depends on the words alone
     assert chitchat.write_split(tmp_path / "gone.whl", tmp_path / "out") == (train, held_out)  # kept, not made anew
 
 

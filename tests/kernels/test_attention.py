@@ -69,7 +69,8 @@ def test_reference_is_softmax_over_what_a_token_may_see():
     q, k, v, info = case(9, 2, 1, 4, 3, batch=1)
     q, k, v = (np.asarray(x[0], np.float64) for x in (q, k, v))
     ids, positions = np.asarray(info.segment_ids_q[0]), np.asarray(info.positions_q[0])
-    got = reference.attention(q[None], k[None], v[None], info, window=3, soft_cap=2.0, scale=0.5)[0]
+    given = (jnp.asarray(x[None], jnp.float32) for x in (q, k, v))
+    got = reference.attention(*given, info, window=3, soft_cap=2.0, scale=0.5)[0]
     for token in range(9):
         seen = (ids == ids[token]) & (positions <= positions[token]) & (positions > positions[token] - 3)
         for head in range(2):
