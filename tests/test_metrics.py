@@ -135,8 +135,10 @@ def test_metrics_file_that_cannot_be_written_is_an_error(tmp_path):
         MetricsLog(str(tmp_path))
     if os.path.exists("/dev/full"):
         os.symlink("/dev/full", tmp_path / "full")
+        file = LineFile(str(tmp_path / "full"))
         with pytest.raises(StorageError, match="No space"):
-            LineFile(str(tmp_path / "full")).write({"step": 1})
+            file.write({"step": 1})
+        file.close()
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
