@@ -1,7 +1,7 @@
 """What is exported, in the programs that people load it with: transformers 5 and 4.57, and llama.cpp.
 
 Each family's tiny model goes out through `convert` as a folder and as a GGUF file; each program is one process that
-looks at all of them. `python -m tests.parity.test_exports` prints the table of docs/exports.md.
+looks at all of them. `python tests/parity/test_exports.py` prints the table of docs/exports.md.
 """
 
 import json
@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sftjax import convert  # noqa: E402
 from sftjax.errors import ConfigError  # noqa: E402
 from sftjax.weights import families, rules  # noqa: E402
