@@ -115,6 +115,7 @@ def defaults() -> ConfigDict:
     config.model.chat_template = ""  # built-in name or file; empty: the tokenizer's own
     config.model.end_of_turn = ""  # the token generation stops on; empty: the template's own
     config.model.template_kwargs = ConfigDict()  # the chat template's variables, such as {"enable_thinking": False}
+    config.model.add_tokens = ()  # special tokens that a template of one's own needs; their rows are trained
     config.model.pad_vocab_to_multiple_of = 1
 
     config.data = ConfigDict()
@@ -357,6 +358,10 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
     for path, choices in CHOICES.items():
         group, field = path.split(".")
         require(config[group][field] in choices, f"{path}={config[group][field]!r}: choose one of {', '.join(choices)}")
+    require(
+        all(isinstance(name, str) and name.strip() for name in config.model.add_tokens),
+        f"model.add_tokens={tuple(config.model.add_tokens)!r}: give the names of tokens, none of them blank",
+    )
     require(bool(config.model.path), "model.path is empty: give a Hugging Face folder, a .gguf file or a hub id")
     require(len(config.data.train) > 0, "data.train is empty: name at least one file")
     length = config.data.max_length

@@ -134,6 +134,7 @@ def _convert_run(
         chat_template=config.model.chat_template,
         end_of_turn=config.model.end_of_turn,
         template_kwargs=config.model.template_kwargs.to_dict(),
+        add_tokens=config.model.add_tokens,
     )
     _, trained, _ = checkpoint.restore_params(os.path.join(run, "checkpoints"), step=step)
     model, params = _trained_params(config, opened, trained)

@@ -166,6 +166,7 @@ def open_model(config: config_lib.ConfigDict) -> loading.Opened:
         chat_template=config.model.chat_template,
         end_of_turn=config.model.end_of_turn,
         template_kwargs=config.model.template_kwargs.to_dict(),
+        add_tokens=config.model.add_tokens,
     )
 
 
@@ -238,6 +239,7 @@ def grown(config: config_lib.ConfigDict, opened: loading.Opened) -> ModelConfig:
         print(
             f"vocabulary: {opened.config.vocab_size} -> {size} for {', '.join(opened.tokenizer.added_tokens)}; "
             "the rows of new tokens start as the mean of the others and are trained"
+            + ("" if config.peft.method == "none" else ", with the whole embedding, beside the adapter")
         )
     if rows == opened.config.vocab_size:
         return opened.config

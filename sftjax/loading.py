@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Opened:
 
     @property
     def new_token_ids(self) -> tuple[int, ...]:
-        """Tokens that a chat template adds: the model has no row for them, or one that was never trained."""
+        """Tokens that a template or the settings add: the model has no row for them, or one that was never trained."""
         return tuple(self.tokenizer.hf.convert_tokens_to_ids(name) for name in self.tokenizer.added_tokens)
 
     def fingerprint(self) -> str:
@@ -52,12 +52,13 @@ def open_model(
     chat_template: str = "",
     end_of_turn: str = "",
     template_kwargs: Mapping[str, Any] | None = None,
+    add_tokens: Sequence[str] = (),
     adapter: str | None = None,
 ) -> Opened:
     """Reads configuration and tokenizer.
 
     Args:
-      chat_template, end_of_turn, template_kwargs: see `tokenizer.load`; empty: the model's own.
+      chat_template, end_of_turn, template_kwargs, add_tokens: see `tokenizer.load`; empty: the model's own.
       adapter: PEFT folder, whose tokenizer is taken where it has one: its template may have added tokens.
 
     Raises:
@@ -70,6 +71,7 @@ def open_model(
             chat_template=chat_template or None,
             end_of_turn=end_of_turn or None,
             template_kwargs=template_kwargs,
+            add_tokens=add_tokens,
         )
     rows = files.config.vocab_size
     if adapter is not None and not bottleneck_format.is_bottleneck(adapter):

@@ -302,7 +302,7 @@ RESUME_RULES = (
     (r"data\.(workers|preflight_rows|max_eval_rows|eval|max_dropped_fraction|max_lost_fraction)(\..*)?", "free"),
     (r"model\.(attention|remat|scan_unroll|path)", "free"),  # the weights are known by their fingerprint
     (r"train\.(logging_steps|max_nonfinite_steps)", "free"),
-    (r"model\.(chat_template|end_of_turn|template_kwargs)(\..*)?|fingerprint\.template", "template"),
+    (r"model\.(chat_template|end_of_turn|template_kwargs|add_tokens)(\..*)?|fingerprint\.template", "template"),
     (r"peft\.(lora_dropout|loraplus_lr_ratio)", "train"),
     (r"peft\..*", "!the saved adapter has another form"),
     (r"train\.(trainable|optim)", "!the saved optimizer state belongs to other parameters"),

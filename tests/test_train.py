@@ -1,5 +1,6 @@
 """The main program as a user runs it, on a tiny model: figures, interruption, resume, devices, export."""
 
+import ast
 import json
 import re
 import shutil
@@ -292,6 +293,40 @@ def test_six_new_tokens_are_learnt_saved_and_stopped_on(place, snug, method):
     moved = np.abs(np.asarray(after)[900:] - np.mean(before[:900], axis=0))
     assert np.all(moved[:2].max(axis=1) < 0.05) and np.all(moved[2:].max(axis=1) > 0) and moved.max() < 0.05
     assert np.abs(before[900:] - np.mean(before[:900], axis=0)).max() > 0.1
+
+
+OWN = (
+    "{%- for m in messages -%}<|{{ m['role'] }}|>{{ m['content'] }}<|fin|>{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_a_template_of_ones_own_is_trained_with_the_tokens_that_the_refusal_proposes(place, snug, method):
+    (place / "own.jinja").write_text(OWN)
+    fields = {"model__chat_template": str(place / "own.jinja"), "peft__method": method}
+    fields |= {"train__max_steps": 4, "train__batch_size": 8, "checkpoint__save_steps": 2}
+    run = place / f"own-{method}"
+    command = tiny_run.command(snug, place / "chats.jsonl", run, **fields)
+    told = tiny_run.run(command, code=78).stderr
+    proposed = re.search(r"set model.add_tokens=(\(.*?\))", told)[1]
+    command.append(f"--config.model.add_tokens={proposed}")
+    done = tiny_run.run(command)
+    names = ast.literal_eval(proposed)
+    assert set(names) == {"<|system|>", "<|user|>", "<|assistant|>", "<|fin|>"}
+    assert f"vocabulary: 904 -> 904 for {', '.join(names)}" in done.stdout
+    # nobody of these conversations is the system
+    assert "no sample holds <|system|>: new tokens, whose rows stay as they begin" in done.stdout.replace("\n", " ")
+    saved = {} if method == "none" else {"adapter": str(run / "export")}
+    loaded = loading.load_model(str(run / "export" if method == "none" else snug), **saved)
+    end = loaded.tokenizer.encode("<|fin|>")
+    assert end == [900 + names.index("<|fin|>")] and loaded.tokenizer.stop_ids[0] == end[0]
+    rows = loaded.variables["adapter" if saved else "params"]["embed_tokens"]["weight"]
+    before = np.asarray(hf.load_params(snug, hf.load_config(snug), np.float32)["embed_tokens"]["weight"])
+    moved = np.abs(np.asarray(rows)[900:904] - np.mean(before[:900], axis=0)).max(axis=1)
+    assert all((moved > 1e-5) == (np.array(names) != "<|system|>")) and moved.max() < 0.05
+    refused = tiny_run.run([*command, "--config.model.add_tokens=('<|fin|>','<|user|>')"], code=78).stderr
+    assert "model.add_tokens" in refused and "Traceback" not in refused
 
 
 def test_a_base_model_without_a_template_trains_on_text_and_refuses_conversations(place, tmp_path):

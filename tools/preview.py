@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--data", required=True, nargs="+", help="files of rows, or any sources a config takes")
     parser.add_argument("--out", help="FILE.jsonl or FILE.html; without it the terminal")
     row_options.add(parser)
+    parser.add_argument("--add_tokens", nargs="+", default=(), help="special tokens that the template needs")
     parser.add_argument("--split", default="", help="part of the data, such as test or [:100]")
     parser.add_argument("--limit", type=int, help="rows of each file to show (default: .jsonl all, .html 500, else 20)")
     parser.add_argument("--max_length", type=int, default=0, help="with .html: draw the packed rows of so many tokens")
@@ -50,7 +51,8 @@ def main() -> int:
 
     inputs = open_inputs([{"path": path, "split": args.split} for path in args.data])
     removed = pages.removals(args.removed) if args.removed else {}
-    tokenizer, encoding = load_tokenizer(args.model, row_options.template(args)), row_options.encoding(args)
+    template, encoding = row_options.template(args) | {"add_tokens": args.add_tokens}, row_options.encoding(args)
+    tokenizer = load_tokenizer(args.model, template)
     limit = args.limit if args.limit is not None else {".jsonl": None, ".html": 500}.get(kind, 20)
     shown = (
         pages.Seen(row, one.name, removed.get((one.name, row.index)))

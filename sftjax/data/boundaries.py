@@ -111,7 +111,7 @@ def probe(
       ValueError: it doesn't write the answer.
     """
     named = tuple(dict.fromkeys([*((chosen,) if chosen else ()), *named]))
-    last, inner = _behind_an_answer(renderer)
+    last, inner = behind_an_answer(renderer)
     behind_last = controls(last)
     behind_inner = [] if inner is None else controls(inner)
     shared = 0
@@ -135,7 +135,7 @@ def probe(
     return Ending(chosen, named, "", {}, chosen) if chosen else None
 
 
-def _behind_an_answer(renderer: Renderer) -> tuple[str, str | None]:
+def behind_an_answer(renderer: Renderer) -> tuple[str, str | None]:
     """What a template writes behind an answer at the end, and up to the next question (None: it writes no more)."""
     said = [("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT)]
     try:

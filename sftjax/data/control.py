@@ -16,6 +16,12 @@ from collections.abc import Collection, Iterable, Sequence
 
 _BASE = 0xF0000  # plane 15, for private use
 _MAX_BEGINNINGS = 16
+_HTML = (
+    "a b i u s p br hr em li ol ul td th tr h1 h2 h3 h4 h5 h6 sub sup code caption table thead tbody tfoot blockquote"
+    " strong div span pre img"
+)
+# Gemma lists these and blanks as added tokens: they are text.
+HTML_TAG = re.compile(rf"</?(?:{'|'.join(_HTML.split())})>")
 _HIDDEN = re.compile(f"[{chr(_BASE)}-{chr(_BASE + 0xFFFD)}]")
 
 

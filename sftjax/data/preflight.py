@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.data import conservation, formats, packing
+from sftjax.data import conservation, formats, lookalikes, packing
 from sftjax.data.bins import Bins
 from sftjax.data.ledger import Ledger
 from sftjax.data.mixture import ENDLESS, Ingredient, Mixture
@@ -263,6 +263,7 @@ class Survey:
     ):
         self.mixture, self.length, self.overlong = mixture, length, overlong
         self.max_dropped, self.max_lost = max_dropped, max_lost
+        self.tokenizer = tokenizer
         self.lost: dict[str, dict[str, Any]] = {}  # as `Preflight.lost`, without the shares
         self.stop_ids = np.array(sorted(getattr(tokenizer, "stop_ids", ())), np.int32)
         self.bos_id = getattr(tokenizer, "bos_id", None)
@@ -275,6 +276,8 @@ class Survey:
         self.order: list[tuple[int, int]] = []
         self.stops = [0] * len(mixture.names)  # samples in which a stop token is trained
         self.double_bos = 0
+        names = getattr(tokenizer, "added_tokens", ())
+        self.unseen = {tokenizer.control_tokens[name]: name for name in names}  # new tokens that no sample has
         self.digests = array("q")  # of the samples' tokens, to count those that are there twice
         self.sample_rows, self.sampled = 0, range(0)
 
@@ -315,6 +318,8 @@ class Survey:
             self.pieces[row.source, row.row] = [len(piece.tokens) for piece in pieces]
         for sample in row.samples:
             self.lengths.append(len(sample.tokens))
+            if self.unseen:
+                self.unseen = {n: name for n, name in self.unseen.items() if not (sample.tokens == n).any()}
             self.digests.append(hash(sample.tokens.tobytes()))
             is_trained = sample.weights != 0
             is_trained[:1] = False
@@ -376,7 +381,7 @@ class Survey:
             survey=self,
         )
         report.problems = _problems(report, self)
-        report.warnings = _warnings(report)
+        report.warnings = _warnings(report, self)
         return report
 
     def _plan(self, steps: int | None) -> tuple[int, int, float]:
@@ -425,7 +430,8 @@ def _problems(report: Preflight, survey: Survey) -> list[str]:
     if report.trained_tokens == report.lost_trained_tokens:
         problems.append(
             f"nothing would be trained: {report.rows_dropped} of {report.rows_read} rows gave no sample: "
-            f"{explain_drops(survey.ledger)}; set data.format, data.max_length or the source's 'fields' to suit them"
+            f"{explain_drops(survey.ledger)}; {_split_tokens(report, survey)}"
+            "set data.format, data.max_length or the source's 'fields' to suit them"
         )
     elif report.rows_dropped > survey.max_dropped * report.rows_read:
         problems.append(
@@ -445,8 +451,8 @@ def _problems(report: Preflight, survey: Survey) -> list[str]:
         elif counts["stop_trained"] == 0 and len(survey.stop_ids):
             problems.append(
                 f"{name}: no stop token (ids {survey.stop_ids.tolist()}) is trained in any of {counts['samples']} "
-                "conversations, so the model would never learn to stop: set model.end_of_turn to the token that ends "
-                "an assistant turn in the chat template"
+                "conversations, so the model would never learn to stop: check the chat template (tools/preview.py "
+                "shows what is trained)"
             )
     return problems
 
@@ -472,8 +478,24 @@ def _remedies(part: str) -> str:
     return ", or data.fold_system=True" if part == "system" else ""
 
 
-def _warnings(report: Preflight) -> list[str]:
+def _split_tokens(report: Preflight, survey: Survey) -> str:
+    """What the template writes in pieces that look like one token, where that is its own doing or costs rows."""
+    template = getattr(survey.tokenizer, "template", None)
+    if template is None or not (template.is_file or "no_end_of_turn" in report.dropped):
+        return ""
+    told = lookalikes.explain(survey.tokenizer)
+    return f"{told}; " if told else ""
+
+
+def _warnings(report: Preflight, survey: Survey) -> list[str]:
     warnings = []
+    if split := _split_tokens(report, survey):
+        warnings.append(split.removesuffix("; "))
+    if survey.unseen and report.complete:
+        warnings.append(
+            f"no sample holds {', '.join(survey.unseen.values())}: new tokens, whose rows stay as they begin (where a "
+            "question or text of the data spells a special token, that is text)"
+        )
     if not report.complete:
         warnings.append(
             f"a sample of {report.rows_read:,} of {report.rows_in_epoch:,} rows was read; the number of steps is "

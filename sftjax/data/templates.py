@@ -45,6 +45,7 @@ class Template:
       end_of_turn: the token behind an answer, where known by name; None: found by rendering a probe.
       tokens: control tokens that the template needs; those the tokenizer lacks are added to it.
       kwargs: values for its variables, where whoever renders it gives none.
+      is_file: it is from a file of the user's.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Template:
     end_of_turn: str | None = None
     tokens: tuple[str, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    is_file: bool = False
 
 
 def _loop(body: str, generation: str, before: str = "") -> str:
@@ -204,7 +206,7 @@ def find(name: str, end_of_turn: str | None = None) -> Template:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"chat template {name} is not UTF-8 text (byte {error.start})") from None
-    return Template(str(path), text)
+    return Template(str(path), text, is_file=True)
 
 
 def with_end_of_turn(text: str, old: str, new: str) -> str:

@@ -24,20 +24,15 @@ import orjson
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import Unigram
 
-from sftjax.data import boundaries, places, plain, templates, thoughts, tokenizer_export, tokenizer_files
+from sftjax.data import boundaries, lookalikes, places, plain, templates, thoughts, tokenizer_export, tokenizer_files
 from sftjax.data.boundaries import Ending
-from sftjax.data.control import ControlText
+from sftjax.data.control import HTML_TAG, ControlText
 from sftjax.data.rendering import Renderer
 from sftjax.data.sandbox import TemplateError
 from sftjax.data.templates import Template
 from sftjax.data.words import WordEncoder
 from sftjax.errors import ConfigError
 
-_HTML = (
-    "a b i u s p br hr em li ol ul td th tr h1 h2 h3 h4 h5 h6 sub sup code caption table thead tbody tfoot blockquote"
-    " strong div span pre img"
-)
-_HTML_TAG = re.compile(rf"</?(?:{'|'.join(_HTML.split())})>")  # Gemma lists these and blanks as added tokens: text
 _ANSWER_TAG = re.compile(r"</?[a-z_]+>")  # <think>, <tool_call>: added, not special; what a model writes in answers
 # Thoughts and calls, by whatever name: what a model writes itself, though some vocabularies list them as special.
 _THOUGHT_OR_CALL = re.compile(
@@ -225,7 +220,7 @@ class Tokenizer:
         return {
             token.content: number
             for number, token in added.items()
-            if token.special or (token.content.strip("▁ \t\r\n") and not _HTML_TAG.fullmatch(token.content))
+            if token.special or (token.content.strip("▁ \t\r\n") and not HTML_TAG.fullmatch(token.content))
         }
 
     @cached_property
@@ -333,11 +328,7 @@ class Tokenizer:
                 f"one of {', '.join(templates.BUILTIN)}, or to a file with Jinja text"
             )
         if self.ending is None or self.tools_ending is None:
-            name = self.hf.eos_token if self.hf is not None and self.eos_id is not None else "a token"
-            raise ConfigError(
-                f"chat template {self.template.name!r} ends an answer with no control token, so that generation would "
-                f"never learn to stop: set model.end_of_turn ({name!r}, for one) to have it put behind each answer"
-            )
+            raise ConfigError(lookalikes.explain_missing_end(self))
         return self.renderer
 
     # --- identity ------------------------------------------------------------------------------------------------
@@ -366,6 +357,7 @@ def load(
     chat_template: str | None = None,
     end_of_turn: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    add_tokens: Sequence[str] = (),
 ) -> Tokenizer:
     """Loads the tokenizer of an HF folder, or of one with only a SentencePiece `tokenizer.model`.
 
@@ -377,6 +369,9 @@ def load(
       end_of_turn: token that ends an assistant turn, in place of the template's own.
       template_kwargs: values for variables of the template, such as {"enable_thinking": False}, unless a row has its
         own; they are saved with it.
+      add_tokens: more special tokens, as a template from a file may need them: one token each, in all that a template
+        writes. Those new to the tokenizer get the next free ids, in this order. (A name such as <think> that the
+        template doesn't write is one for answers: added, not special.)
 
     Raises:
       ConfigError: no folder, no or damaged tokenizer files, unknown template.
@@ -391,6 +386,7 @@ def load(
         template = _own_template(hf)
     if template is not None:
         template = replace(template, kwargs=dict(template_kwargs or {}))
+    added += _add_tokens(hf, add_tokens, template.text + (template.tools_text or "") if template else "")
     stop_ids = tokenizer_files.generation_stops(path, len(hf))
     came = tokenizer_export.read(path)
     tokenizer = Tokenizer(hf, template, added_tokens=added, stop_ids=stop_ids, came=came)
@@ -426,8 +422,12 @@ def _own_template(hf) -> Template:
     return Template("tokenizer", text)
 
 
-def _add_tokens(hf, names: Sequence[str]) -> list[str]:
+def _add_tokens(hf, names: Sequence[str], written: str | None = None) -> list[str]:
     """Adds those of `names` that the tokenizer lacks; one it has as ordinary text becomes a control token.
+
+    Args:
+      written: the template's text. A name such as <think> that isn't in it is for answers, where the data spell it: it
+        is added as no special token, so that they may and that a decoded answer shows it. None: all are special.
 
     Returns those whose id is new.
     """
@@ -436,7 +436,9 @@ def _add_tokens(hf, names: Sequence[str]) -> list[str]:
     known = {token.content for token in hf.added_tokens_decoder.values()}
     missing = [name for name in dict.fromkeys(names) if name not in known]
     before = len(hf)
-    hf.add_tokens([AddedToken(name, special=True, normalized=False) for name in missing], special_tokens=True)
+    for name in missing:
+        special = written is None or name in written or not _ANSWER_TAG.fullmatch(name)
+        hf.add_tokens([AddedToken(name, special=special, normalized=False)], special_tokens=special)
     return [name for name in missing if hf.convert_tokens_to_ids(name) >= before]
 
 
@@ -454,7 +456,8 @@ def _with_end_of_turn(tokenizer: Tokenizer, end_of_turn: str, stop_ids: Sequence
     result = Tokenizer(tokenizer.hf, replace(own, text=text, tools_text=tools_text, end_of_turn=end_of_turn), **options)
     if result.end_of_turn_id != tokenizer.hf.convert_tokens_to_ids(end_of_turn):
         raise ConfigError(
-            f"model.end_of_turn={end_of_turn!r} could not be put into the template {own.name!r}: edit the template"
+            f"model.end_of_turn={end_of_turn!r} could not be put into the template {own.name!r}: write it there behind "
+            f"the answer, in place of {name!r}, and set model.add_tokens={(end_of_turn,)!r} and model.end_of_turn=''"
         )
     return result
 

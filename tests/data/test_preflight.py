@@ -146,7 +146,7 @@ def test_refuses_when_everything_is_trained_in_a_chat_format():
 
 def test_refuses_when_no_stop_token_is_trained():
     rows = [chat([1, 5, 6, 8], [0, 0, 1, 1]), chat([1, 7, 6, 8], [0, 0, 1, 1])]
-    with pytest.raises(DataError, match=r"chats: no stop token \(ids \[7\]\).*model.end_of_turn"):
+    with pytest.raises(DataError, match=r"chats: no stop token \(ids \[7\]\).*tools/preview.py"):
         look(chats(rows)).check()
     look(chats(rows), tokenizer=None).check()
 
