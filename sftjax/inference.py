@@ -41,7 +41,7 @@ def score_file(
         for number, line in score_samples(
             loaded.config, loaded.runtime, loaded.variables, samples, per_token=per_token
         ):
-            lines[number] = line
+            lines[number] = {"row": source.location(line["index"]), **line}
             if sys.stderr.isatty():
                 print(f"\r{len(lines)}/{len(samples)}", end="", file=sys.stderr, flush=True)
         rows = sorted([*lines.values(), *errors], key=lambda line: (line["index"], line.get("sample", 0)))

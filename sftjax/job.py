@@ -445,7 +445,13 @@ def write_masks(folder: runs.RunFolder, mixture: Mixture, tokenizer, count: int 
             for sample in made[:1]:
                 pieces = [{"text": text, "weight": weight} for text, weight in preview.runs(tokenizer, sample)]
                 lines.append(
-                    {"source": ingredient.source.name, "index": row, "sample": sample.sample, "pieces": pieces}
+                    {
+                        "row": ingredient.source.location(row),
+                        "source": ingredient.source.name,
+                        "index": row,
+                        "sample": sample.sample,
+                        "pieces": pieces,
+                    }
                 )
     folder.write_text("masks.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 

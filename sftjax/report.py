@@ -6,7 +6,8 @@ from the run is escaped; it may hold any text.
 
 Files read: summary.json, config.json, environment.json, preflight.json, verification.json, metrics.jsonl, timing.jsonl,
 samples.jsonl ({"step", "messages", "answer", ...}), doctor.json and masks.jsonl, one line for each sample shown:
-{"source", "index", "sample", "pieces": [{"text", "weight"}, ...]} (stretches of equal weight; 0 is not trained).
+{"row" (its place), "source", "index", "sample", "pieces": [{"text", "weight"}, ...]} (stretches of equal weight; 0 is
+not trained).
 """
 
 from __future__ import annotations
@@ -314,7 +315,7 @@ def _ledger(preflight: Mapping[str, Any], with_rows: bool = True) -> list[dict[s
         add("rows dropped", _number(get("rows_dropped")))
     for reason, entry in (get("dropped") or {}).items():
         places = entry.get("rows", {}) if isinstance(entry, dict) else {}
-        where = "; ".join(f"{name}: rows {', '.join(map(str, numbers[:8]))}" for name, numbers in places.items())
+        where = "; ".join(", ".join(map(str, rows[:8])) for rows in places.values())
         where = f" ({where})" if where and with_rows else ""
         add(str(reason).replace("_", " "), f"{_number(entry.get('count'))}{where}", indent=True)
     if get("samples") is not None:
@@ -361,7 +362,7 @@ def _mask(line: Mapping[str, Any]) -> dict[str, Any]:
         if room < 0:
             pieces.append({"text": " … (cut here)", "weight": 0.0, "strength": 0.0})
             break
-    place = " ".join(str(line[name]) for name in ("source", "index") if name in line)
+    place = str(line.get("row", ""))
     return {"place": place + (f", sample {line['sample']}" if line.get("sample") else ""), "pieces": pieces}
 
 

@@ -83,11 +83,11 @@ def batches(lengths: list[int]) -> Iterator[tuple[list[int], int]]:
 
 
 def encode_rows(source, encoder, *, limit: int | None = None) -> tuple[list[Sample], list[dict[str, Any]]]:
-    """All rows of a source: (samples, error lines `{"index", "error"}` of the rows that can't be used)."""
+    """All rows of a source: (samples, error lines `{"row", "index", "error"}` of the rows that can't be used)."""
     samples, errors = [], []
     for index in range(len(source) if limit is None else min(limit, len(source))):
         try:
             samples += encoder(source[index], index)
         except RowError as error:
-            errors.append({"index": index, "error": f"{source.location(index)}: {error}"})
+            errors.append({"row": source.location(index), "index": index, "error": str(error)})
     return samples, errors

@@ -305,7 +305,7 @@ OWN = (
 def test_a_template_of_ones_own_is_trained_with_the_tokens_that_the_refusal_proposes(place, snug, method):
     (place / "own.jinja").write_text(OWN)
     fields = {"model__chat_template": str(place / "own.jinja"), "peft__method": method}
-    fields |= {"train__max_steps": 4, "train__batch_size": 8, "checkpoint__save_steps": 2}
+    fields |= {"train__max_steps": 4, "train__batch_size": 8, "model__frozen_dtype": "float32"}
     run = place / f"own-{method}"
     command = tiny_run.command(snug, place / "chats.jsonl", run, **fields)
     told = tiny_run.run(command, code=78).stderr

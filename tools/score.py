@@ -1,10 +1,10 @@
 """Scores every row of a data file with a model: its loss on the tokens that training would train.
 
 Writes one JSON line per training sample, in the order of the file:
-  {"index", "sample", "nll", "num_trained_tokens", "num_tokens"}    nll: weighted sum in nats
+  {"row", "index", "sample", "nll", "num_trained_tokens", "num_tokens"}    nll: weighted sum in nats
 with --tokens also "tokens", "weights", "token_nll" (equal lengths; token_nll[0] is null). A row that can't be used
-gives {"index", "error"}. The mean loss is sum(nll) / sum(weights). The arguments that a configuration has as settings
-of the data and the template mean the same here.
+gives {"row", "index", "error"}. The mean loss is sum(nll) / sum(weights). The arguments that a configuration has as
+settings of the data and the template mean the same here.
 """
 
 import sys

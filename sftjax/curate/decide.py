@@ -114,6 +114,7 @@ def decide(
     settings: Settings,
     index: contamination.Index,
     names: Sequence[str],
+    place: Callable[[int], str],
     dialogue: Callable[[int], Dialogue],
     say: Callable[[str], None],
 ) -> Decision:
@@ -121,6 +122,7 @@ def decide(
 
     Args:
       names: of the sources.
+      place: where a row stands, by its running number.
       dialogue: reads a row again, by its running number.
       say: told what is going on.
     """
@@ -148,8 +150,7 @@ def decide(
         decision.duplicates[name] = found = search(best_first())
         if mode == "remove":
             for one in found:
-                of = f"{names[rows.source[one.of]]} row {rows.index[one.of]}"
-                removed[one.row] = Removal(f"{name}_duplicate", f"of {of}, similarity {one.similarity:g}")
+                removed[one.row] = Removal(f"{name}_duplicate", f"of {place(one.of)}, similarity {one.similarity:g}")
 
     step("exact", settings.exact.mode, lambda order: dedup.exact_duplicates(rows.keys, order))
     threshold = settings.near.threshold

@@ -23,9 +23,19 @@ Show = Callable[[int], str]
 
 
 def gather(
-    rows: Rows, decision: Decision, settings: Settings, work: Work, dialogue: Callable[[int], Dialogue]
+    rows: Rows,
+    decision: Decision,
+    settings: Settings,
+    work: Work,
+    location: Show,
+    dialogue: Callable[[int], Dialogue],
 ) -> dict[str, Any]:
-    """Everything, as plain values. Where personal data is masked in the rows, it is in the samples shown too."""
+    """Everything, as plain values. Where personal data is masked in the rows, it is in the samples shown too.
+
+    Args:
+      location: where a row stands ("data.jsonl:17"), by its running number.
+      dialogue: reads a row again, by the same.
+    """
     names = [one.name for one in work.inputs]
     staying = decision.staying(len(rows))
     readable = [row for row in range(len(rows)) if "error" not in rows.said[row]]
@@ -35,7 +45,7 @@ def gather(
         return personal.mask(shown) if settings.personal.mode == "mask" else shown
 
     def place(row: int) -> dict[str, Any]:
-        return {"index": int(rows.index[row]), "source": names[rows.source[row]]}
+        return {"row": location(row), "index": int(rows.index[row]), "source": names[rows.source[row]]}
 
     def shown(row: int) -> dict[str, Any]:
         if "error" in rows.said[row]:
@@ -53,7 +63,7 @@ def gather(
         "rows_read": len(rows),
         "rows_kept": len(staying),
         "removed": _removed(decision, shown),
-        "quality": _quality(rows, readable, decision, settings, work, shown),
+        "quality": _quality(rows, readable, decision, settings, work, location, shown),
         "duplicates": {
             name: _duplicates(found, getattr(settings, name), place, text)
             for name, found in decision.duplicates.items()
@@ -134,7 +144,9 @@ def _spread(found: Sequence[Any], count: int) -> list[Any]:
     return [found[round(at)] for at in np.linspace(0, len(found) - 1, min(count, len(found)))]
 
 
-def _quality(rows, readable, decision: Decision, settings: Settings, work: Work, shown) -> dict[str, Any]:
+def _quality(
+    rows, readable, decision: Decision, settings: Settings, work: Work, location: Show, shown
+) -> dict[str, Any]:
     found: dict[str, list[int]] = {rule.name: [] for rule in work.table}
     for row in readable:
         for name in rows.said[row]["taken"]:
@@ -154,16 +166,12 @@ def _quality(rows, readable, decision: Decision, settings: Settings, work: Work,
                 "weight": rule.weight,
                 "found": len(found[rule.name]),
                 "removed": gone[rule.name],
-                "rows": [_where(rows, row, work) for row in found[rule.name][:_IDS]],
+                "rows": [location(row) for row in found[rule.name][:_IDS]],
                 "example": shown(found[rule.name][0]) if found[rule.name] else None,
             }
             for rule in work.table
         },
     }
-
-
-def _where(rows: Rows, row: int, work: Work) -> str:
-    return f"{work.inputs[rows.source[row]].name}:{rows.index[row]}"
 
 
 def _duplicates(found: Sequence[Duplicate], given: Any, place: Callable[[int], dict], text: Show) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def _about(one: Seen) -> dict[str, Any]:
     given = one.removal if one.removal is not None else one.row.record or {}
     score = given.get("score" if one.removal is not None else "_score")
     return {
-        "place": one.row.location.replace("\\", "/").rsplit("/", 1)[-1],
+        "place": one.row.location,
         "source": one.source,
         "score": float(score) if isinstance(score, (int, float)) else None,
         "removed": one.removal,

@@ -1,7 +1,7 @@
 """A curation from end to end: look at every row, decide, write what stays and what was found.
 
 OUTPUT/kept.jsonl (or .parquet)   the rows that stay, as they were, with _index, _source, _score, _sha256
-OUTPUT/removed.jsonl              {"index", "source", "rule", "score", "detail"}, in the order of the sources
+OUTPUT/removed.jsonl              {"row", "index", "source", "rule", "score", "detail"}, in the order of the sources
 OUTPUT/curation.json, .html       everything that was found, for programs and for people
 OUTPUT/dataset_card.md            what the kept rows are and where they come from
 """
@@ -61,12 +61,15 @@ def curate(settings: Settings, *, dry_run: bool = False, say: Callable[[str], No
         given = inputs[rows.source[number]]
         return text.read(given.source[int(rows.index[number])], given.format, given.fields)
 
+    def place(number: int) -> str:
+        return inputs[rows.source[number]].source.location(int(rows.index[number]))
+
     settings = _with_encoder(settings)
-    decision = decide(rows, settings, work.index, names, dialogue, say)
+    decision = decide(rows, settings, work.index, names, place, dialogue, say)
     say("writing")
-    found = findings.gather(rows, decision, settings, work, dialogue)
+    found = findings.gather(rows, decision, settings, work, place, dialogue)
     found["dry_run"] = dry_run
-    output.write_lines(folder / "removed.jsonl", removed_lines(rows, decision, names))
+    output.write_lines(folder / "removed.jsonl", removed_lines(rows, decision, names, place))
     if not dry_run:
         found["output"] = _write_kept(folder, settings, inputs, rows, decision)
     found["seconds"] = round(time.monotonic() - started, 1)
@@ -147,10 +150,13 @@ def _state_folder(folder: Path, settings: Settings, work: Work) -> Path:
     return state
 
 
-def removed_lines(rows: Rows, decision: Decision, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def removed_lines(
+    rows: Rows, decision: Decision, names: Sequence[str], place: Callable[[int], str]
+) -> Iterator[dict[str, Any]]:
     for row, removal in sorted(decision.removed.items()):
         score = float(rows.score[row])
         yield {
+            "row": place(row),
             "index": int(rows.index[row]),
             "source": names[rows.source[row]],
             "rule": removal.rule,

@@ -6,7 +6,7 @@ It is a plain record (`snapshot()` is JSON), because it travels with the data po
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,14 +76,18 @@ class Ledger:
         """A counter of one source."""
         return self._counts[source][counter]
 
-    def reasons(self) -> dict[str, dict[str, Any]]:
-        """reason -> {"count", "rows": {source name: first row numbers}} over all sources."""
+    def reasons(self, location: Callable[[int, int], str]) -> dict[str, dict[str, Any]]:
+        """reason -> {"count", "rows": {source name: where the first rows stand}} over all sources.
+
+        Args:
+          location: gives the place of a row, from the numbers of its source and of the row (`Mixture.location`).
+        """
         found: dict[str, dict[str, Any]] = {}
-        for name, dropped in zip(self.names, self._dropped, strict=True):
+        for source, (name, dropped) in enumerate(zip(self.names, self._dropped, strict=True)):
             for reason, (count, rows) in dropped.items():
                 entry = found.setdefault(reason, {"count": 0, "rows": {}})
                 entry["count"] += count
-                entry["rows"][name] = list(rows)
+                entry["rows"][name] = [location(source, row) for row in rows]
         return found
 
     def flags(self) -> dict[str, int]:

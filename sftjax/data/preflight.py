@@ -46,7 +46,7 @@ class Preflight:
       complete: every row of the first epoch was read (else evenly spaced ones, and steps are estimated).
       rows_in_epoch: rows of the first epoch.
       rows_read, rows_dropped: rows read, and those without a sample.
-      dropped: reason -> {"count", "rows": {source: first 20 row numbers}}.
+      dropped: reason -> {"count", "rows": {source: places of the first 20 rows, such as "chats.jsonl:17"}}.
       samples, tokens, trained_tokens: what the encoder gave, before the over-length policy.
       trained_share: trained over all tokens.
       truncated, lost_tokens, lost_trained_tokens: what the over-length policy cost.
@@ -123,8 +123,8 @@ class Preflight:
     def _lines(self) -> list[tuple[str, str]]:
         lines = [("rows", f"{self.rows_read:,} of {self.rows_in_epoch:,} read, {self.rows_dropped:,} without a sample")]
         for reason, entry in self.dropped.items():
-            rows = "; ".join(f"{name} {', '.join(map(str, rows[:5]))}" for name, rows in entry["rows"].items())
-            lines.append((f"  {reason}", f"{entry['count']:,}: row {rows}"))
+            rows = "; ".join(", ".join(rows[:5]) for rows in entry["rows"].values())
+            lines.append((f"  {reason}", f"{entry['count']:,}: {rows}"))
             if detail := self.details.get(reason):
                 lines.append(("", visible(detail)))
         for kind, entry in self.lost.items():
@@ -357,7 +357,7 @@ class Survey:
             rows_in_epoch=self.rows_in_epoch,
             rows_read=ledger.total("rows"),
             rows_dropped=ledger.total("empty_rows"),
-            dropped=ledger.reasons(),
+            dropped=ledger.reasons(self.mixture.location),
             samples=ledger.total("samples"),
             tokens=tokens,
             trained_tokens=trained,
@@ -419,6 +419,8 @@ class Survey:
         found = self.ledger.snapshot()
         for i, name in enumerate(self.mixture.names):
             counts = found[name]
+            for entry in counts["dropped"].values():
+                entry["rows"] = [self.mixture.location(i, row) for row in entry["rows"]]
             counts["trained_share"] = counts["trained"] / max(1, counts["tokens"])
             counts["conversations"] = self.chat[i]
             counts["stop_trained"] = self.stops[i]
@@ -430,13 +432,14 @@ def _problems(report: Preflight, survey: Survey) -> list[str]:
     if report.trained_tokens == report.lost_trained_tokens:
         problems.append(
             f"nothing would be trained: {report.rows_dropped} of {report.rows_read} rows gave no sample: "
-            f"{explain_drops(survey.ledger)}; {_split_tokens(report, survey)}"
+            f"{explain_drops(survey.ledger, survey.mixture.location)}; {_split_tokens(report, survey)}"
             "set data.format, data.max_length or the source's 'fields' to suit them"
         )
     elif report.rows_dropped > survey.max_dropped * report.rows_read:
         problems.append(
             f"{report.rows_dropped} of {report.rows_read} rows gave no sample, more than the share of "
-            f"{survey.max_dropped:g} that data.max_dropped_fraction allows: {explain_drops(survey.ledger)}; "
+            f"{survey.max_dropped:g} that data.max_dropped_fraction allows: "
+            f"{explain_drops(survey.ledger, survey.mixture.location)}; "
             "mend the rows, or raise the limit"
         )
     problems += _losses(report, survey)

@@ -51,14 +51,15 @@ def rows(source, encoder: RowEncoder, limit: int | None = None) -> Iterator[Row]
 
 
 def json_lines(tokenizer: Tokenizer, row: Row) -> Iterator[bytes]:
-    """One line for each sample: index, sample, tokens, weights, text, and `lost` where parts of the row are; or one
-    with index and error."""
+    """A line for each sample: row (its place), index, sample, tokens, weights, text, and `lost` where parts of the row
+    are; or one with row, index and error."""
     if row.error is not None:
-        yield orjson.dumps({"index": row.index, "error": str(row.error)}) + b"\n"
+        yield orjson.dumps({"row": row.location, "index": row.index, "error": str(row.error)}) + b"\n"
     for sample in row.samples:
         yield (
             orjson.dumps(
                 {
+                    "row": row.location,
                     "index": sample.index,
                     "sample": sample.sample,
                     "tokens": sample.tokens.tolist(),
@@ -83,22 +84,29 @@ def visible(text: str) -> str:
     return _INVISIBLE.sub(lambda match: chr(0x2400 + ord(match[0])) if ord(match[0]) < 32 else "�", text)
 
 
+def marked(text: str, weight: float) -> str:
+    """Trained text between marks: «said», or «0.5: said» where its weight isn't 1."""
+    return f"«{text}»" if weight == 1 else f"«{weight:g}: {text}»"
+
+
 def show(console, tokenizer: Tokenizer, row: Row) -> None:
-    """Prints a row on a rich console: trained text green (other weights than 1 yellow), the rest dim."""
+    """Prints a row on a rich console: trained text green (other weights than 1 yellow), the rest dim. Without colours
+    (a pipe, a file, NO_COLOR) trained text stands in «», with its weight in front where that isn't 1: «0.5: text»."""
     from rich.text import Text
 
+    coloured = console.is_terminal and console.color_system is not None and not console.no_color
     if row.error is not None:
-        console.print(Text(f"{row.location}  not used: {row.error}", style="red"))
+        console.print(Text(visible(f"{row.location}  not used: {row.error}"), style="red"), soft_wrap=True)
         return
     for sample in row.samples:
         head = Text(_summary(row, sample), style="bold")
-        console.print(head)
+        console.print(head, soft_wrap=True)
         for note in sample.lost:
-            console.print(Text(f"  {visible(note)}", style="yellow"))
+            console.print(Text(f"  {visible(note)}", style="yellow"), soft_wrap=True)
         text = Text()
         for part, weight in runs(tokenizer, sample):
             style = "dim" if not weight else "green" if weight == 1 else "yellow"
-            text.append(visible(part), style=style)
+            text.append(visible(part) if coloured or not weight else marked(visible(part), weight), style=style)
         console.print(text, soft_wrap=True)
         console.print()
 

@@ -8,7 +8,7 @@ workers, and a position saved with two is good for none.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from typing import Any
@@ -158,13 +158,14 @@ class SampleIterator(grain.DatasetIterator):
 
     def _judge_losses(self) -> None:
         read, empty = self.ledger.total("rows"), self.ledger.total("empty_rows")
+        location = self._stream.mixture.location
         if self._since_sample >= self._stream.mixture.rows_per_epoch:
-            raise DataError(f"a whole epoch gave no training sample: {explain_drops(self.ledger)}")
+            raise DataError(f"a whole epoch gave no training sample: {explain_drops(self.ledger, location)}")
         if empty > self._stream.max_dropped * max(read, _GRACE_ROWS):
             raise DataError(
                 f"{empty} of {read} rows gave no sample, more than "
                 f"data.max_dropped_fraction={self._stream.max_dropped:g} allows: "
-                f"{explain_drops(self.ledger)}; mend the rows, or raise the limit"
+                f"{explain_drops(self.ledger, location)}; mend the rows, or raise the limit"
             )
 
 
@@ -287,16 +288,13 @@ def count_alike(pieces: list[Sample], location: Any) -> list[Sample]:
     return [replace(piece, weights=(piece.weights / totals[piece.sample]).astype(np.float32)) for piece in pieces]
 
 
-def explain_drops(ledger: Ledger) -> str:
-    """One line: the reasons, most frequent first, with the first row numbers."""
+def explain_drops(ledger: Ledger, location: Callable[[int, int], str]) -> str:
+    """One line: the reasons, most frequent first, with the places of the first rows."""
     parts = []
-    for reason, entry in sorted(ledger.reasons().items(), key=lambda item: -item[1]["count"]):
-        name, rows = next(iter(entry["rows"].items()))
-        parts.append(f"{reason} ({entry['count']}; {name} row {', '.join(map(str, rows[:3]))})")
-    return ("; ".join(parts) or "no reason given") + _said_of_most(ledger)
-
-
-def _said_of_most(ledger: Ledger) -> str:
-    """What was said of a row with the most frequent reason."""
-    most = max(ledger.reasons().items(), key=lambda item: item[1]["count"], default=("", {}))[0]
-    return f" ({most}: {detail})" if (detail := ledger.details.get(most)) else ""
+    reasons = sorted(ledger.reasons(location).items(), key=lambda item: -item[1]["count"])
+    for reason, entry in reasons:
+        rows = next(iter(entry["rows"].values()))
+        parts.append(f"{reason} ({entry['count']}; {', '.join(rows[:3])})")
+    detail = ledger.details.get(reasons[0][0]) if reasons else ""
+    said = f" ({reasons[0][0]}: {detail})" if detail else ""  # of a row with the most frequent reason
+    return ("; ".join(parts) or "no reason given") + said

@@ -59,7 +59,8 @@ def test_from_files_to_batches_with_and_without_workers(chatml, data):
     report.check()
     assert report.complete and report.rows_dropped == 2 and report.stop_trained == 1.0
     assert sum(entry["count"] for entry in report.dropped.values()) == 2
-    assert {row for entry in report.dropped.values() for rows in entry["rows"].values() for row in rows} == {20, 30}
+    dropped = {row for entry in report.dropped.values() for rows in entry["rows"].values() for row in rows}
+    assert dropped == {f"{data}/chat.jsonl:21", f"{data}/chat.jsonl:31"}
     chats, pages = report.per_source.values()
     assert chats["conversations"] and not pages["conversations"]
     assert 0 < chats["trained_share"] < 1 and pages["trained"] == pages["tokens"] - pages["samples"]

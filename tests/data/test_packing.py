@@ -124,13 +124,13 @@ def test_every_token_is_accounted_for(strategy, overlong):
     assert ledger.total("trained") == trained + ledger.total("lost_trained")
     assert ledger.total("rows") == len(mixture) == 350
     assert items[-1].info.epoch == 1.0
-    assert ledger.reasons()["broken_json"]["rows"] == {"toy": [5], "more": [5]}
+    assert ledger.reasons("{}:{}".format)["broken_json"]["rows"] == {"toy": ["0:5"], "more": ["1:5"]}
     for item in items:
         _check_layout(item, pipeline.shape, strategy)
     examples = [e for item in items for micro in item.info.examples for row in micro for e in row]
     if overlong != "split":
         assert len(examples) == len(set(examples))
-        assert len(examples) + sum(ledger.reasons().get(r, {"count": 0})["count"] for r in _SAMPLE_REASONS) == (
+        assert len(examples) + sum(ledger.reasons("{}:{}".format).get(r, {"count": 0})["count"] for r in _SAMPLE_REASONS) == (
             ledger.total("samples")
         )
 

@@ -202,7 +202,7 @@ def test_too_many_dropped_rows():
         rows[r] = {"error": "no_assistant_turn"}
     with (
         pytest.raises(
-            DataError, match=r"rows gave no sample.*data\.max_dropped_fraction=0\.2.*no_assistant_turn \(\d+; toy row"
+            DataError, match=r"no sample.*data\.max_dropped_fraction=0\.2.*no_assistant_turn \(\d+; toy.jsonl:"
         ),
         build(Mixture([toy(rows)]), length=128, batch_size=2, max_dropped=0.2) as pipeline,
     ):

@@ -52,7 +52,7 @@ def test_the_ledger():
     rows = [{"n": 100, "prompt": 40}] * 6 + [{"error": "empty_answer"}] + [{"n": [200, 50], "prompt": 40}]
     report = look(toy(rows), toy([{"n": 20}] * 2, "b"))
     assert report.complete and (report.rows_read, report.rows_dropped, report.samples) == (10, 1, 10)
-    assert report.dropped == {"empty_answer": {"count": 1, "rows": {"toy": [6]}}}
+    assert report.dropped == {"empty_answer": {"count": 1, "rows": {"toy": ["toy.jsonl:7"]}}}
     assert report.tokens == 600 + 250 + 40 and report.trained_tokens == 6 * 60 + 160 + 10 + 2 * 19
     assert report.trained_share == pytest.approx(report.trained_tokens / report.tokens)
     assert (report.truncated, report.lost_tokens, report.lost_trained_tokens) == (1, 72, 72)
@@ -99,7 +99,7 @@ def test_large_data_is_sampled_and_finished_in_the_background():
     (finished,) = done
     assert finished.complete and finished.steps == report.steps
     assert (finished.rows_read, finished.tokens, finished.length) == (5000, exact.tokens, exact.length)
-    assert finished.dropped["bad"] == {"count": 1, "rows": {"toy": [1]}}
+    assert finished.dropped["bad"] == {"count": 1, "rows": {"toy": ["toy.jsonl:2"]}}
     assert exact.finish() is None
 
 
@@ -133,7 +133,7 @@ def test_conversations_are_looked_at_closely():
 
 def test_refuses_when_nothing_is_trained():
     report = look(toy([{"error": "no_assistant_turn"}] * 3 + [{"n": 4, "prompt": 4}]))
-    with pytest.raises(DataError, match=r"nothing would be trained.*no_assistant_turn \(3; toy row .*data.format"):
+    with pytest.raises(DataError, match=r"nothing would be trained.*no_assistant_turn \(3; toy.jsonl:.*data.format"):
         report.check()
     assert report.steps == 0
 
@@ -154,7 +154,7 @@ def test_refuses_when_no_stop_token_is_trained():
 def test_refuses_losses_above_the_threshold():
     rows = [{"n": 50}] * 7 + [{"error": "bad"}] * 3
     look(toy(rows), max_dropped=0.3).check()
-    with pytest.raises(DataError, match=r"3 of 10 rows gave no sample.*0.2 .*bad \(3; toy row"):
+    with pytest.raises(DataError, match=r"3 of 10 rows gave no sample.*0.2 .*bad \(3; toy.jsonl:"):
         look(toy(rows), max_dropped=0.2).check()
 
 

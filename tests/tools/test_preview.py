@@ -1,6 +1,9 @@
 """tools/preview.py as a user calls it."""
 
+import contextlib
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -37,9 +40,10 @@ def test_json_lines(files):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (files / "out.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2, 3]
-    assert set(lines[0]) == {"index", "sample", "tokens", "weights", "text"}
+    assert [line["row"] for line in lines] == [f"{files}/data.jsonl:{number}" for number in (1, 2, 3, 4)]
+    assert set(lines[0]) == {"row", "index", "sample", "tokens", "weights", "text"}
     assert len(lines[0]["tokens"]) == len(lines[0]["weights"]) and "<b>Paris</b>" in lines[0]["text"]
-    assert [set(line) for line in lines[1:3]] == [{"index", "error"}] * 2
+    assert [set(line) for line in lines[1:3]] == [{"row", "index", "error"}] * 2
     assert lines[1]["error"].startswith("no_assistant_turn") and lines[2]["error"].startswith("broken_json")
     assert set(lines[3]["weights"]) == {0, 0.5}
 
@@ -130,6 +134,33 @@ def test_terminal(files):
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout and "\x1b[31m" not in done.stdout and "data.jsonl:2  not used" in done.stdout
     assert "Rome" in done.stdout and "sample 0" in done.stdout
+
+
+def test_what_is_trained_is_marked_in_a_pipe_too(files):
+    """The marks are the text that the JSON says is trained, and lines aren't broken at eighty characters."""
+    done = preview("--model", files / "model", "--data", files / "data.jsonl")
+    assert "<|im_start|>assistant\n«<b>Paris</b>␛[31m<|im_end|>»\n" in done.stdout
+    assert "«Rome<|im_end|>»" in done.stdout and "«0.5: A<|im_end|>»" in done.stdout and "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) > 80  # the refusal, on one line
+    assert done.stdout.count("«") == done.stdout.count("»") == 3
+
+
+@pytest.mark.parametrize("environment, marks, colours", [({}, 0, True), ({"NO_COLOR": "1"}, 3, False)])
+def test_on_a_terminal_it_is_coloured_unless_that_is_not_wanted(files, environment, marks, colours):
+    command = [sys.executable, str(ROOT / "tools" / "preview.py")]
+    command += ["--model", str(files / "model"), "--data", str(files / "data.jsonl")]
+    reader, writer = pty.openpty()
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    kept |= {"TERM": "xterm-256color"} | environment
+    with subprocess.Popen(command, stdout=writer, stderr=writer, env=kept) as process:
+        os.close(writer)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(reader, 1 << 16):
+                shown += part
+    os.close(reader)
+    assert process.returncode == 0, shown
+    assert shown.decode().count("«") == marks and (b"\x1b[32m" in shown) == colours
 
 
 @pytest.mark.parametrize(
