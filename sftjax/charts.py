@@ -11,9 +11,23 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 30
+RIGHT, TOP, BOTTOM = 18, 12, 34
+LETTER = 8.5  # width of a digit of the labels, at the size that page.css gives them
 MAX_POINTS = 400
+
+
+class Frame(NamedTuple):
+    """A chart's size, and how many ticks its axes have about. Labels scale with the chart, so that one for a narrow
+    place is drawn in fewer units, of which the same labels take more."""
+
+    width: int
+    height: int
+    x_ticks: int
+    y_ticks: int
+
+
+WIDE = Frame(640, 270, 6, 5)
+NARROW = Frame(340, 230, 4, 5)
 
 
 class Series(NamedTuple):
@@ -26,7 +40,9 @@ class Series(NamedTuple):
     dots: bool = False
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_name: str = "step", from_zero: bool = False) -> Markup:
+def line_chart(
+    series: Sequence[Series], *, title: str, x_name: str = "step", from_zero: bool = False, frame: Frame = WIDE
+) -> Markup:
     """An `<svg>` with axes, one line for each series, and the values of each point for the page's pointer.
 
     Points that aren't finite leave a gap. Empty if there is nothing to draw.
@@ -35,26 +51,31 @@ def line_chart(series: Sequence[Series], *, title: str, x_name: str = "step", fr
     points = [point for _, segments in drawn for segment in segments for point in segment]
     if not points:
         return Markup("")
-    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points), 6)
+    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points), frame.x_ticks)
     low = 0.0 if from_zero else min(y for _, y in points)
-    y_ticks = ticks(low, max(y for _, y in points), 5)
+    y_ticks = ticks(low, max(y for _, y in points), frame.y_ticks)
     x_range = (min(x for x, _ in points), max(x for x, _ in points))
     y_range = (min(low, y_ticks[0]), max(y_ticks[-1], max(y for _, y in points)))
+
+    left = round(14 + LETTER * max(len(number(tick)) for tick in y_ticks))
+    right, bottom = frame.width - RIGHT, frame.height - BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_range[0]) / ((x_range[1] - x_range[0]) or 1)
         up = (y - y_range[0]) / ((y_range[1] - y_range[0]) or 1)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return left + across * (right - left), bottom - up * (bottom - TOP)
 
     parts = []
     for tick in y_ticks:
         _, y = place(x_range[0], tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 5:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in x_ticks:
         if x_range[0] <= tick <= x_range[1]:
             x, _ = place(tick, y_range[0])
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{number(tick)}</text>')
+            parts.append(
+                f'<text class="tick" x="{x:.1f}" y="{frame.height - 10}" text-anchor="middle">{number(tick)}</text>'
+            )
     for one, segments in drawn:
         for segment in segments:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in segment))
@@ -68,10 +89,11 @@ def line_chart(series: Sequence[Series], *, title: str, x_name: str = "step", fr
                         f'<circle class="dot {one.style}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
                         f"<title>{escape(label)}</title></circle>"
                     )
+    narrow = " narrow" if frame == NARROW else ""
     return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" '
-        f'data-frame="{LEFT},{WIDTH - RIGHT},{x_range[0]},{x_range[1]}">{"".join(parts)}'
-        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'
+        f'<svg class="chart{narrow}" viewBox="0 0 {frame.width} {frame.height}" role="img" '
+        f'aria-label="{escape(title)}" data-frame="{left},{right},{x_range[0]},{x_range[1]}">{"".join(parts)}'
+        f'<line class="cursor" y1="{TOP}" y2="{bottom}" visibility="hidden"/></svg>'
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import fsspec
 import jinja2
 
-from sftjax.charts import Series, line_chart, number, smooth
+from sftjax.charts import NARROW, WIDE, Series, line_chart, number, smooth
 from sftjax.held_out import Difference
 from sftjax.utils import storage
 
@@ -245,8 +245,8 @@ def _charts(run: Run) -> list[dict[str, Any]]:
 
 def chart(title: str, unit: str, series: Sequence[Series], from_zero: bool = False) -> dict[str, Any] | None:
     series = [one for one in series if one.xs]
-    svg = line_chart(series, title=title, from_zero=from_zero)
-    if not svg:
+    svgs = [line_chart(series, title=title, from_zero=from_zero, frame=frame) for frame in (WIDE, NARROW)]
+    if not svgs[0]:
         return None
     values = [
         {"name": one.name, "points": [[x, y] for x, y in zip(one.xs, one.ys, strict=True)][:: len(one.xs) // 2000 + 1]}
@@ -254,7 +254,7 @@ def chart(title: str, unit: str, series: Sequence[Series], from_zero: bool = Fal
         if one.style != "faint"
     ]
     legend = [{"name": one.name, "style": one.style} for one in series] if len(series) > 1 else []
-    return {"title": title, "unit": unit, "svg": svg, "legend": legend, "values": values}
+    return {"title": title, "unit": unit, "svgs": svgs, "legend": legend, "values": values}
 
 
 def _prompts(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -315,7 +315,10 @@ def _ledger(preflight: Mapping[str, Any], with_rows: bool = True) -> list[dict[s
         add("rows dropped", _number(get("rows_dropped")))
     for reason, entry in (get("dropped") or {}).items():
         places = entry.get("rows", {}) if isinstance(entry, dict) else {}
-        where = "; ".join(", ".join(map(str, rows[:8])) for rows in places.values())
+        named = (
+            (row if isinstance(row, str) else f"{name}[{row}]") for name, rows in places.items() for row in rows[:8]
+        )
+        where = ", ".join(named)  # a number: of an older run
         where = f" ({where})" if where and with_rows else ""
         add(str(reason).replace("_", " "), f"{_number(entry.get('count'))}{where}", indent=True)
     if get("samples") is not None:
@@ -362,7 +365,7 @@ def _mask(line: Mapping[str, Any]) -> dict[str, Any]:
         if room < 0:
             pieces.append({"text": " … (cut here)", "weight": 0.0, "strength": 0.0})
             break
-    place = str(line.get("row", ""))
+    place = str(line.get("row") or line.get("source", ""))
     return {"place": place + (f", sample {line['sample']}" if line.get("sample") else ""), "pieces": pieces}
 
 

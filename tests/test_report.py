@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sftjax import report
+from sftjax import report, sweep
 from sftjax.charts import Series, line_chart, number, smooth, thin, ticks
+from tests import browser
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 PATH = "/home/somebody/models/SmolLM2-135M-Instruct"
@@ -96,7 +97,7 @@ def make_run(folder, steps=120):
         "preflight.json",
         {
             "complete": True, "max_length": 1024, "rows_in_epoch": 5321, "rows_read": 5321, "rows_dropped": 14,
-            "dropped": {"no_assistant_turn": {"count": 9, "rows": {"chitchat": [3, 77, 1201]}},
+            "dropped": {"no_assistant_turn": {"count": 9, "rows": {"chitchat": ["chat.jsonl:4", "chat.jsonl:78"]}},
                         "empty_answer": {"count": 5, "rows": {"chitchat": [12, 40]}}},
             "samples": 5307, "tokens": 979_200, "trained_tokens": 492_000, "trained_share": 0.5024,
             "truncated": 3, "lost_tokens": 812, "lost_trained_tokens": 390, "flags": {"straddle": 2},
@@ -195,7 +196,8 @@ def test_report_shows_every_part_and_needs_no_network(tmp_path):
     text, page = rendered(make_run(tmp_path / "quickstart"))
     shown = "".join(page.text)
     for part in (
-        "2.913 → 2.133", "-0.7800, 95 % interval -0.8126 to -0.7481", "no assistant turn", "chitchat: rows 3, 77, 1201",
+        "2.913 → 2.133", "-0.7800, 95 % interval -0.8126 to -0.7481", "no assistant turn",
+        "chat.jsonl:4, chat.jsonl:78",
         "50.2 %", "after step 120", "long, but good. yours?", "tokens / s", "verified",
         "learning_rate", "0.10.2", "9f2b6c0d4e8a",
     ):  # fmt: skip
@@ -318,3 +320,38 @@ def test_numbers_for_people():
     values = (0, 1234.0, 2.5, 1.9e-5, 0.0123, 8030261248.0)
     assert [number(value) for value in values] == ["0", "1,234", "2.5", "1.9e-05", "0.0123", "8.03 G"]
     assert os.path.basename(PATH) == "SmolLM2-135M-Instruct"
+
+
+SMALLEST = """(() => {
+    const sizes = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const text = walker.currentNode.textContent.trim(), element = walker.currentNode.parentElement;
+        if (!text || element.closest("script, style") || !element.checkVisibility()) continue;
+        const svg = element.closest("svg"), size = parseFloat(getComputedStyle(element).fontSize);
+        const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
+        sizes.push([size * scale, text]);
+        if (svg) {  // nothing of a label is outside its chart
+            const box = element.getBoundingClientRect(), frame = svg.getBoundingClientRect();
+            if (box.left < frame.left - 1 || box.right > frame.right + 1) sizes.push([0, text + " is cut off"]);
+        }
+    }
+    const cells = [...document.querySelectorAll("td")].filter(cell => cell.checkVisibility() && cell.innerText.trim());
+    const narrowest = cells.map(cell => cell.getBoundingClientRect().width);
+    return {smallest: sizes.sort((a, b) => a[0] - b[0])[0], ticks: document.querySelectorAll("svg .tick").length,
+            wider: document.documentElement.scrollWidth > innerWidth, cell: Math.min(...narrowest)};
+})()"""
+
+
+@pytest.mark.parametrize("width", [360, 430, 560, 768, 1280])
+def test_every_label_can_be_read_at_every_width(tmp_path, width):
+    """Of the run's page and of a sweep's: nothing is smaller than ten pixels or cut off, on a phone too."""
+    folder = make_run(tmp_path / "run")
+    sweep.write(str(tmp_path), [{"name": "run", "settings": {"train.learning_rate": 1e-4}, "status": "done"}])
+    report.write(str(folder))
+    with browser.open_page(f"file://{folder}/report.html", tmp_path / "profile") as page:
+        screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 700}
+        page.call("Emulation.setDeviceMetricsOverride", **screen)
+        for path in (folder / "report.html", tmp_path / "sweep.html"):
+            page.load(f"file://{path}")
+            seen = page.evaluate(SMALLEST)
+            assert seen["smallest"][0] >= 10 and not seen["wider"] and seen["ticks"] > 10 and seen["cell"] > 24, seen

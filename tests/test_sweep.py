@@ -148,7 +148,7 @@ def test_the_page_compares_them_offline(tmp_path):
     sweep.write(str(tmp_path / "sweep"), results)
     text = (tmp_path / "sweep" / "sweep.html").read_text()
     page = Page(text)
-    assert page.tags.count("svg") == 2 and page.tags.count("tr") == 12
+    assert page.tags.count("svg") == 4 and page.tags.count("tr") == 12
     assert "learning_rate%3D3/report.html" in page.links and all("://" not in link for link in page.links)
     assert "some rule" in text and "&lt;b&gt;NaN" in text and "3 runs with the highest losses are left out" in text
     assert re.findall(r'class="best"', text) == ['class="best"']

@@ -1,10 +1,10 @@
 """Shows what a data file becomes: conversations with the trained tokens coloured.
 
 In the terminal (without colours, as in a pipe, trained text stands in «»); or with --out FILE.jsonl one line per
-sample, {"row", "index", "sample", "tokens", "weights", "text"}, with "lost" where the text lacks parts of the row (a row
-that can't be used gives {"row", "index", "error"}); or with --out FILE.html one page that opens offline, with search,
-filters by source, score, length and rule, histograms, and with --max_length the rows that the samples are packed into.
-The arguments that a configuration has as settings of the data and the template mean the same here.
+sample, {"row", "index", "sample", "tokens", "weights", "text"}, with "lost" where the text lacks parts of the row (a
+row that can't be used gives {"row", "index", "error"}); or with --out FILE.html one page that opens offline, with
+search, filters by source, score, length and rule, histograms, and with --max_length the rows that the samples are
+packed into. The arguments that a configuration has as settings of the data and the template mean the same here.
 """
 
 import sys

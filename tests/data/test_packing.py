@@ -130,7 +130,8 @@ def test_every_token_is_accounted_for(strategy, overlong):
     examples = [e for item in items for micro in item.info.examples for row in micro for e in row]
     if overlong != "split":
         assert len(examples) == len(set(examples))
-        assert len(examples) + sum(ledger.reasons("{}:{}".format).get(r, {"count": 0})["count"] for r in _SAMPLE_REASONS) == (
+        reasons = ledger.reasons("{}:{}".format)
+        assert len(examples) + sum(reasons.get(r, {"count": 0})["count"] for r in _SAMPLE_REASONS) == (
             ledger.total("samples")
         )
 

@@ -65,7 +65,7 @@ def test_the_ledger():
     console = Console(record=True, width=100, file=io.StringIO())
     report.print(console)
     text = console.export_text()
-    assert "empty_answer" in text and "row toy 6" in text and "warning: max_length=128" in text
+    assert "empty_answer" in text and "toy.jsonl:7" in text and "warning: max_length=128" in text
 
 
 @pytest.mark.parametrize("strategy", ["best_fit", "first_fit", "none", "padding_free"])
