@@ -168,9 +168,7 @@ def difference(found: dict, wanted: dict) -> float:
 
 def too_far(results: dict[str, dict], expected: dict[str, dict], measure, limit: float) -> dict[str, str]:
     """The models that don't load or differ by more."""
-    figures = {
-        name: found.get("error") or measure(found, expected[name]) for name, found in results.items()
-    }
+    figures = {name: found.get("error") or measure(found, expected[name]) for name, found in results.items()}
     return {name: figure for name, figure in figures.items() if isinstance(figure, str) or figure > limit}
 
 
