@@ -143,12 +143,13 @@ def _short(error: BaseException) -> str:
 
 
 def _named(argv: Sequence[str]) -> str | None:
-    """The value of --config, None without one."""
+    """The value of --config, of several the last, which counts; None without one."""
+    found = None
     for position, argument in enumerate(argv[1:], 1):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
-            return value if equals else next(iter(argv[position + 1 : position + 2]), "")
-    return None
+            found = value if equals else next(iter(argv[position + 1 : position + 2]), "")
+    return found
 
 
 def _explain(argv: Sequence[str], error: Exception, fields: Fields) -> str:

@@ -225,7 +225,7 @@ def test_real_tokens_in_a_stream(strategy, sigma, goal):
         ({"packing_strategy": "best"}, "packing='best' is unknown"),
         ({"max_segments": 1}, "max_segments=1"),
         ({"packing_strategy": "padding_free", "flat_rows": 3}, "multiple of 3"),
-        ({"overlong": "cut"}, "overlong='cut'"),
+        ({"overlong": "cut"}, r"data\.over_length='cut'"),
         ({"rows": [4]}, r"rows \(4,\)"),
     ],
 )
