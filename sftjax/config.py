@@ -280,8 +280,8 @@ def _read_settings(run_dir: str) -> dict[str, Any]:
         raise ConfigError(f"{run_dir}: no config.json that can be read, so not a run's folder ({reason})") from None
     except ValueError as error:
         raise ConfigError(f"{run_dir}/config.json is not JSON ({error}): restore it") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{run_dir}/config.json holds no configuration: restore it")
+    if not isinstance(values, dict) or not {"run_dir", "train"} <= values.keys():  # a model's, for one
+        raise ConfigError(f"{run_dir}/config.json is not the configuration of a run: give a run's folder")
     return values
 
 

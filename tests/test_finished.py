@@ -92,6 +92,9 @@ def test_a_run_s_files_are_found_from_anywhere_even_when_all_has_been_moved(tmp_
     assert config.data.train[0]["path"] == str(tmp_path / "moved" / "*.jsonl") and config.data.train[1] == "gone.jsonl"
     with pytest.raises(ConfigError, match="not a run's folder"):
         config_lib.of_run("moved/model")
+    (tmp_path / "moved" / "model" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(ConfigError, match="not the configuration of a run"):
+        config_lib.of_run("moved/model")
 
 
 def test_a_tilde_behind_a_flag_is_the_home_folder(monkeypatch):
