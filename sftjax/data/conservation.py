@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sftjax.data import thoughts
-from sftjax.data.boundaries import holds
+from sftjax.data.boundaries import Turn, holds
 from sftjax.data.types import RowError
 
 PARTS = ("answer", "reasoning", "tool_call", "system", "user", "tool_result", "tools")
@@ -52,6 +52,26 @@ class Stretch(NamedTuple):
 
     begin: int
     end: int
+
+
+def plainly_there(text: str, turns: Mapping[int, Turn], messages: Sequence[Mapping], literals: str) -> bool:
+    """Whether the messages are texts that stand in the sample one behind the other, each where it belongs."""
+    at = 0
+    for k, message in enumerate(messages):
+        words = message.get("content")
+        if len(message) > 2 or type(words) is not str:
+            return False
+        words, span = words.strip(), turns.get(k)
+        if span is not None:
+            if at > span.begin or text.find(words, span.begin, span.end) < 0:
+                return False
+            at = span.end
+        elif words:
+            place = text.find(words, at)
+            if place < 0 or (len(words) <= _SHORT and words in literals):
+                return False
+            at = place + len(words)
+    return True
 
 
 def check(

@@ -16,6 +16,7 @@ those of one tokenisation of the full text. Checked for each row, and not taken 
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ import numpy as np
 from sftjax.data import boundaries, conservation, thoughts
 from sftjax.data.boundaries import Ending, Finder, Turn
 from sftjax.data.places import Encoded
-from sftjax.data.rendering import Renderer
+from sftjax.data.rendering import MARK, Renderer, holds_mark
 from sftjax.data.sandbox import TemplateError, TemplateLimit
 from sftjax.data.tokenizer import Tokenizer
 from sftjax.data.types import RowError
@@ -106,14 +107,15 @@ def render(
         raise RowError("template_refused", f"the chat template refuses the conversation: {error}") from None
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A sample of the first `length` messages: its text, control tokens hidden, and the turns trained in it."""
+class _Part(NamedTuple):
+    """A sample of the first `length` messages: its text, control tokens hidden and (None: not yet known) as they are,
+    and the turns trained in it."""
 
     text: str
-    turns: tuple[Turn, ...]
+    turns: Sequence[Turn]
     length: int
     flags: tuple[str, ...] = ()
+    own: str | None = None
 
 
 class _Conversation:
@@ -124,9 +126,12 @@ class _Conversation:
         self.renderer: Renderer = tokenizer.tools_renderer if tools else tokenizer.renderer
         self.ending: Ending = tokenizer.tools_ending if tools else tokenizer.ending
         self.messages, self.tools, self.kwargs = messages, tools, kwargs
-        self.hidden, touched = _hide(tokenizer, messages)
+        self.hidden, touched, joined = _hide(tokenizer, messages)
+        self.marked = joined is None or MARK in joined  # maybe
+        self.may_think = joined is None or thoughts.may_have({"content": joined})
         self.hidden_tools, self.hidden_kwargs, also = tools, kwargs, False
         if tools or kwargs:
+            self.marked = True
             self.hidden_tools, also = _map_strings(tools, tokenizer.hide_control_tokens)
             self.hidden_kwargs, more = _map_strings(kwargs, tokenizer.hide_control_tokens)
             also |= more
@@ -143,6 +148,8 @@ class _Conversation:
         """The same as by prefixes, from one rendering, for templates that provably only append. None: not sure."""
         if not self.renderer.append_only or not turns or turns[0] == 0:
             return None
+        if self.marked and any(map(holds_mark, (self.hidden, self.hidden_tools, self.hidden_kwargs))):
+            return None
         pieces = self.renderer.pieces(self.hidden, tools=self.hidden_tools, kwargs=self.hidden_kwargs)
         if pieces is None:
             return None
@@ -156,14 +163,13 @@ class _Conversation:
             if begin > end or not text.startswith(prompt, head):
                 return None  # the other way finds what stands for it, or words the reason
             stop = self.ending.find(text, begin, end)
-            if stop is None or not _has_its_thought(text, begin, stop[1], self.hidden[k]):
+            if stop is None or (self.may_think and not _has_its_thought(text, begin, stop[1], self.hidden[k])):
                 return None
             found.append(Turn(k, text, begin, *stop, False))
-        if self.touched and self.tokenizer.unhide_control_tokens(text) != self.renderer.render(
-            self.messages, tools=self.tools, kwargs=self.kwargs
-        ):
+        own = self.tokenizer.unhide_control_tokens(text) if self.touched else text
+        if self.touched and own != self.renderer.render(self.messages, tools=self.tools, kwargs=self.kwargs):
             raise _acted_upon()
-        return [_Part(text, tuple(found), len(self.messages))]
+        return [_Part(text, found, len(self.messages), (), own)]
 
     # --- from the rendering of every prefix ---
 
@@ -226,16 +232,22 @@ class _Conversation:
     # --- to samples ---
 
     def _rendered(self, part: _Part) -> Rendered:
-        lost = self._lost(part)
-        spans = tuple(Span(turn.begin, turn.stop, turn.end, self.weights[turn.number]) for turn in part.turns)
-        flags = part.flags
-        text = part.text
-        if self.touched and (text := self.tokenizer.unhide_control_tokens(part.text)) != part.text:
+        text, flags, lost = part.own, part.flags, self._lost(part)
+        spans = tuple([Span(turn.begin, turn.stop, turn.end, self.weights[turn.number]) for turn in part.turns])
+        if text is None:
+            text = self.tokenizer.unhide_control_tokens(part.text) if self.touched else part.text
+        if self.touched and text != part.text:
             flags = (*flags, "control_text")
+        if not lost:
+            return Rendered(text, part.text, spans, flags)
         flags += tuple(dict.fromkeys(one.flag for one in lost))
         return Rendered(text, part.text, spans, flags, lost=tuple(f"{one.flag}: {one.detail}" for one in lost))
 
-    def _lost(self, part: _Part) -> list[conservation.Lost]:
+    def _lost(self, part: _Part) -> Sequence[conservation.Lost]:
+        messages, turns = self.hidden[: part.length], {turn.number: turn for turn in part.turns}
+        if not self.tools and conservation.plainly_there(part.text, turns, messages, self.renderer.literals):
+            return ()
+
         def rerender(messages, tools) -> str:
             if any(turn.built for turn in part.turns):
                 return self._finder(messages, tools).turn(part.turns[0].number).text
@@ -243,8 +255,8 @@ class _Conversation:
 
         return conservation.check(
             part.text,
-            {turn.number: conservation.Stretch(turn.begin, turn.end) for turn in part.turns},
-            self.hidden[: part.length],
+            {number: conservation.Stretch(turn.begin, turn.end) for number, turn in turns.items()},
+            messages,
             self.hidden_tools,
             literals=self.renderer.literals,
             rerender=rerender,
@@ -281,15 +293,20 @@ def _map_strings(value, function) -> tuple[Any, bool]:
     return value, False
 
 
-def _hide(tokenizer: Tokenizer, messages) -> tuple[list, bool]:
+def _hide(tokenizer: Tokenizer, messages) -> tuple[list, bool, str | None]:
+    """The messages with control tokens hidden, whether there are any, and their texts joined (None: not only texts)."""
     values = [value for message in messages for value in message.values()]
-    if all(type(value) is str for value in values) and not tokenizer.control_text.possible("".join(values)):
-        return list(messages), False  # nearly all rows
-    results = []
+    joined = "".join(values) if set(map(type, values)) == {str} else None
+    if joined is not None and not tokenizer.control_text.possible(joined):
+        return list(messages), False, joined  # nearly all rows
+    results, touched = [], False
     for message in messages:
         answer = message["role"] == "assistant"
-        results.append(_map_strings(message, lambda text, a=answer: tokenizer.hide_control_tokens(text, answer=a)))
-    return [message for message, _ in results], any(flag for _, flag in results)
+        hide = functools.partial(tokenizer.hide_control_tokens, answer=answer)
+        found = {key: _map_strings(value, hide) for key, value in message.items()}
+        touched |= any(changed for _, changed in found.values())
+        results.append({key: value for key, (value, _) in found.items()})
+    return results, touched, joined
 
 
 # --- from characters to tokens -----------------------------------------------------------------------------------
@@ -315,9 +332,9 @@ def mask(tokenizer: Tokenizer, rendered: Rendered, encoded: Encoded) -> Masked:
     controls = np.flatnonzero(tokenizer.is_control[encoded.ids])
     firsts = first_tokens(encoded, [span.start for span in rendered.spans])
     begins = encoded.starts[firsts[firsts < len(encoded.ids)]].tolist()  # behind the last token: an error below
-    lasts = np.searchsorted(encoded.ends, np.array([span.stop for span in rendered.spans], np.int32), side="right")
-    control_starts = encoded.starts[controls].tolist()
-    firsts, lasts, controls = firsts.tolist(), lasts.tolist(), controls.tolist()
+    stops = np.array([span.stop for span in rendered.spans], np.int32)
+    lasts = encoded.ends.searchsorted(stops, side="right").tolist()
+    control_starts, firsts, controls = encoded.starts[controls].tolist(), firsts.tolist(), controls.tolist()
     straddle, heads = False, []
     for i, (span, first, end) in enumerate(zip(rendered.spans, firsts, lasts, strict=True)):
         if end >= len(encoded.ids) or not tokenizer.is_turn_end[encoded.ids[end]] or end < first:
@@ -340,7 +357,7 @@ def first_tokens(encoded: Encoded, starts: Sequence[int]) -> np.ndarray:
     tokens   [   assistant   ][ \\n   Yes ]          -> the last, which straddles
     """
     wanted = np.array(starts, np.int32)  # of the array's own type: another would be converted for each search
-    firsts = np.searchsorted(encoded.ends, wanted, side="right")
+    firsts = encoded.ends.searchsorted(wanted, side="right")
     if len(encoded.ids) and not encoded.no_blanks:
         while (made_up := (firsts > 0) & (encoded.starts[firsts - 1] >= wanted)).any():  # SentencePiece's prefix blank
             firsts -= made_up

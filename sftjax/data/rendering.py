@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2 import nodes
@@ -134,8 +133,7 @@ def _blind(node: nodes.Node, lists: set[str], loop: str | None) -> bool:
 # --- rendering ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(NamedTuple):
     """One rendering with the places between messages.
 
     `text` is the whole; `ends[i]` is where message i's part ends; `first` is the number of messages in front that have
@@ -209,10 +207,11 @@ class Renderer:
         return self._run(self._template, messages, tools, generation, kwargs)
 
     def pieces(self, messages, *, tools=None, kwargs: Mapping[str, Any] | None = None) -> Pieces | None:
-        """The same text (no generation prompt) with the places between messages; None where that isn't proved."""
+        """The same text (no generation prompt) with the places between messages; None where that isn't proved.
+
+        Nothing that is rendered may hold the mark between messages (`holds_mark`).
+        """
         if self._marked is None:
-            return None
-        if _holds_mark(messages) or _holds_mark(tools) or _holds_mark(kwargs):
             return None
         parts = self._run(self._marked, messages, tools, False, kwargs).split(MARK)
         first = len(messages) - (len(parts) - 2)
@@ -247,12 +246,13 @@ def literals(tree: nodes.Template) -> str:
     return "\0".join(parts)
 
 
-def _holds_mark(value) -> bool:
+def holds_mark(value) -> bool:
+    """Whether the mark that stands between messages is in a text, or in any text of a structure."""
     if isinstance(value, str):
         return MARK in value
     if isinstance(value, Mapping):
-        return any(_holds_mark(key) or _holds_mark(item) for key, item in value.items())
-    return isinstance(value, list | tuple) and any(map(_holds_mark, value))
+        return any(holds_mark(key) or holds_mark(item) for key, item in value.items())
+    return isinstance(value, list | tuple) and any(map(holds_mark, value))
 
 
 def around_the_answer(renderer: Renderer) -> tuple[str, str]:

@@ -24,6 +24,7 @@ MARKS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|channel>thought", "<channel|>"),
 )
+_SIGNS = ("</", "[/", "|>")  # one of them is in each closing mark
 SWITCHES = ("enable_thinking", "thinking")  # variables by which templates turn thoughts on and off
 KEYS = ("reasoning_content", "thinking", "reasoning")  # of a message, as templates name them
 
@@ -41,7 +42,9 @@ def may_have(message: Mapping[str, Any]) -> bool:
     if "reasoning_content" in message:
         return True
     content = message.get("content")
-    return not isinstance(content, str) or any(sign in content for sign in ("</", "[/", "|>"))
+    if isinstance(content, str) and not any(map(content.__contains__, _SIGNS)):
+        return False
+    return not isinstance(content, str) or any(closing in content for _, closing in MARKS)
 
 
 def split(message: Mapping[str, Any]) -> tuple[str, str]:
