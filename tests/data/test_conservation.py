@@ -87,7 +87,7 @@ def test_variables_of_a_run_are_in_the_template_that_is_saved(tmp_path):
 def test_a_template_without_any_mark_names_a_remedy_that_works(tmp_path):
     shape = shapes.SHAPES["no mark at all, one chosen"]
     folder = shapes.folder_of(shape, tmp_path)
-    with pytest.raises(ConfigError, match=r"set model.end_of_turn \('<eos>', for one\)"):
+    with pytest.raises(ConfigError, match=r"set model.end_of_turn='<eos>'"):
         RowEncoder(tokenizers.load(folder))({"messages": chat("Q", "A")})
     (sample,) = RowEncoder(tokenizers.load(folder, end_of_turn="<eos>"))({"messages": chat("Q", "A")})
     assert sample.tokens[-1] == sample.tokens[sample.weights > 0][-1]
