@@ -193,9 +193,9 @@ def file_names() -> set[str]:
 
 
 def is_python(name: str) -> bool:
-    """Whether it is a module of ours or of the standard library, or something in one."""
+    """Whether it is a module of ours, of what we build on or of the standard library, or something in one."""
     parts = name.split(".")
-    if parts[0] not in ("sftjax", "configs", "jax") and parts[0] not in sys.stdlib_module_names:
+    if parts[0] not in ("sftjax", "configs", "jax", "transformers") and parts[0] not in sys.stdlib_module_names:
         return False
     for count in range(len(parts), 0, -1):
         try:
