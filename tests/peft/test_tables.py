@@ -86,7 +86,7 @@ def test_they_start_as_nothing_train_and_merge(case):
     adapter = moved(adapter)
     beside = run(config, {"params": params, "adapter": adapter})[1]
     assert float(jnp.abs(beside - alone).max()) > 0.05
-    np.testing.assert_allclose(run(config, {"params": merge.merge(params, adapter)})[1], beside, atol=2e-5)
+    np.testing.assert_allclose(run(config, {"params": merge.merge(params, adapter)})[1], beside, atol=1e-4)
     trainable, frozen = tree.partition({"adapter": adapter}, lora.trainable_regex(spec))
     assert not {path.rpartition("/")[2] for path in tree.flatten(trainable)} & set(lora.CONSTANTS)
     gradients = jax.grad(functools.partial(loss, config, spec, params))(trainable, frozen)
@@ -123,7 +123,7 @@ def test_on_a_tied_model_the_embeddings_lora_changes_what_is_looked_up_only():
     merged = merge.merge(untied, adapter)
     np.testing.assert_array_equal(merged["lm_head"]["weight"], params["embed_tokens"]["weight"])
     beside = run(TIED, {"params": params, "adapter": adapter})[1]
-    np.testing.assert_allclose(run(UNTIED, {"params": merged})[1], beside, atol=2e-5)
+    np.testing.assert_allclose(run(UNTIED, {"params": merged})[1], beside, atol=1e-4)  # logits of 10, in float32
     with pytest.raises(ConfigError, match="one weight"):
         merge.merge(params, adapter)
 
