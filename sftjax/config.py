@@ -409,7 +409,8 @@ def check(config: ConfigDict, *, num_devices: int) -> None:
 def _check_fields(config: ConfigDict) -> None:
     """Raises ConfigError where a `get_config` didn't start from `defaults()`."""
     there, wanted = field_names(config), field_names(defaults())
-    missing = [name for name in wanted if name not in there and name.partition(".")[0] not in there]
+    known = {*there, *(name.rpartition(".")[0] for name in there)}  # model.template_kwargs, with something in it
+    missing = [name for name in wanted if name not in known and name.partition(".")[0] not in there]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ConfigError(

@@ -128,3 +128,12 @@ def test_numbers_that_cannot_be_are_named_with_what_they_may_be(field, value):
 def test_each_range_is_of_a_field_and_holds_its_default():
     assert set(config_lib.RANGES) <= set(config_lib.field_names(config_lib.defaults()))
     config_lib.check(valid(), num_devices=1)
+
+
+def test_variables_of_a_template_are_a_field_whatever_is_in_them():
+    config = config_lib.defaults()
+    config.model.path, config.data.train = "model", ("data.jsonl",)
+    config.model.template_kwargs = {"enable_thinking": False}
+    config_lib.check(config, num_devices=1)
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert again.model.template_kwargs.to_dict() == {"enable_thinking": False}
