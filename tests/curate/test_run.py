@@ -76,9 +76,9 @@ def test_every_row_is_kept_or_accounted_for(tmp_path, faulty):
         3: "empty_response", 10: "unreadable", 11: "unreadable", 20: "exact_duplicate", 30: "near_duplicate",
         40: "contamination",
     }  # fmt: skip
-    assert all(list(line) == ["index", "source", "rule", "score", "detail"] for line in removed)
+    assert all(list(line) == ["row", "index", "source", "rule", "score", "detail"] for line in removed)
     assert all(isinstance(line["score"], float) and line["source"] == "data.jsonl" for line in removed)
-    assert "data.jsonl row 19" in removed[3]["detail"] and "temperature in kelvin" in removed[5]["detail"]
+    assert "data.jsonl:20," in removed[3]["detail"] and "temperature in kelvin" in removed[5]["detail"]
     assert "broken_json" in removed[1]["detail"]
     assert sorted(row["_index"] for row in kept) == sorted(set(range(60)) - {line["index"] for line in removed})
     source = open_source(path)
@@ -393,4 +393,5 @@ def test_rows_that_differ_in_what_they_teach_are_no_duplicates(tmp_path):
     run.curate(settings(tmp_path, path, quality={"threshold": 0.0}))
     assert [line["_index"] for line in lines(tmp_path / "out/kept.jsonl")] == [*range(len(apart))]
     removed = {line["index"]: line["detail"].split(",")[0] for line in lines(tmp_path / "out/removed.jsonl")}
-    assert removed == {13: "of data.jsonl row 0", 14: "of data.jsonl row 6", 15: "of data.jsonl row 12"}
+    rows = {number: f"of {tmp_path}/data.jsonl:{line}" for number, line in ((13, 1), (14, 7), (15, 13))}
+    assert removed == rows
