@@ -93,7 +93,7 @@ def test_every_row_is_kept_or_accounted_for(tmp_path, faulty):
     }  # fmt: skip
     assert found["personal"] == {
         "mode": "report", "rows": 1, "kinds": {"email": 1},
-        "where": [{"index": 50, "source": "data.jsonl", "kinds": {"email": 1}}],
+        "where": [{"row": f"{tmp_path}/data.jsonl:51", "index": 50, "source": "data.jsonl", "kinds": {"email": 1}}],
     }  # fmt: skip
     assert found["licences"] == {"unknown": 53, "MIT": 1}
     assert not (tmp_path / "out/.work").exists()
