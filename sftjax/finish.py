@@ -148,13 +148,13 @@ def export_and_verify(job, state, frozen, folder: str) -> dict[str, Any]:
     adapting = "adapter" in variables
     dtype = jnp.dtype(config.export.dtype)
     if adapting and not config.export.merge:
-        with phase("exporting"):
-            versions = write_adapter(job, folder, with_trained_params(variables["adapter"], state.trainable))
+        with phase("exporting"), export.whole_folder(folder, adapter=True) as place:
+            versions = write_adapter(job, place, with_trained_params(variables["adapter"], state.trainable))
             beside = companions.files(
                 None, source=opened.files, tokenizer=opened.tokenizer.files(), stop_ids=opened.tokenizer.stop_ids
             )
-            for name, content in beside.items():
-                storage.write_bytes(f"{folder}/{name}", content)
+            for name, content in beside.items() if jax.process_index() == 0 else ():
+                storage.write_bytes(f"{place}/{name}", content)
         with phase("reading the export back"):
             reloaded = {**variables, "adapter": read_back(job, folder, variables["adapter"])}
         expected, against = variables, "the base weights in memory with the adapter read back"

@@ -422,8 +422,7 @@ def check_room(config, folder: runs.RunFolder, job_program: program.Program, tot
     exported = 0
     if config.export.enabled:
         adapter = "adapter" in job_program.abstract_state.trainable and not config.export.merge
-        if not (adapter and peft_format.is_adapter(folder.file("export"))):
-            export.check_replaceable(folder.file("export"))
+        export.check_replaceable(folder.file("export"), adapter=adapter)
         count = job_program.count()
         exported = 4 * sum(trained) if adapter else count["base"] * jnp.dtype(config.export.dtype).itemsize
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(job_program.abstract_state))

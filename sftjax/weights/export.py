@@ -246,24 +246,40 @@ class _Target:
 
 @contextlib.contextmanager
 def _target(directory: str | os.PathLike) -> Iterator[_Target]:
-    """The folder to write to; at the end it takes its final name."""
+    with whole_folder(directory) as place:
+        filesystem, path = fsspec.core.url_to_fs(place) if is_remote(place) else (None, place)
+        yield _Target(path.rstrip("/"), filesystem)
+
+
+@contextlib.contextmanager
+def whole_folder(directory: str | os.PathLike, *, adapter: bool = False) -> Iterator[str]:
+    """Gives the folder to write an export into; at the end of the block it takes its final name, and replaces an
+    earlier export whole. (A remote one is written in place.) Every process enters it; the first one renames.
+
+    Args:
+      directory: where the export goes.
+      adapter: it may replace an adapter's folder.
+
+    Raises:
+      ConfigError: see `check_replaceable`.
+    """
     if is_remote(directory):
         filesystem, path = fsspec.core.url_to_fs(str(directory))
         filesystem.makedirs(path, exist_ok=True)
-        yield _Target(path.rstrip("/"), filesystem)
+        yield str(directory)
         _barrier("export written")
         return
     final = Path(os.path.abspath(directory))
-    check_replaceable(final)
+    check_replaceable(final, adapter=adapter)
     partial = final.with_name(f".{final.name}.partial")
     if jax.process_index() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier("export started")
-    yield _Target(str(partial), None)
+    yield str(partial)
     _barrier("export written")
     if jax.process_index() == 0:
-        _sync(partial)
+        storage.fsync(partial)
         storage.moment("export renaming", str(final))
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -271,26 +287,20 @@ def _target(directory: str | os.PathLike) -> Iterator[_Target]:
             final.rename(old)
         storage.moment("export between", str(final))
         partial.rename(final)
-        _sync(final.parent)
+        storage.fsync(final.parent)
         shutil.rmtree(old, ignore_errors=True)
     _barrier("export finished")
 
 
-def check_replaceable(directory: str | os.PathLike) -> None:
-    """Raises `ConfigError` if something other than an earlier export is in the way."""
+def check_replaceable(directory: str | os.PathLike, *, adapter: bool = False) -> None:
+    """Raises `ConfigError` if something other than an earlier export (or an adapter, where that may be) is in the
+    way."""
     path = Path(directory)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ConfigError(f"{path}: in the way of the export, and not a folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / _MARKER).is_file():
+    markers = [_MARKER, *(["adapter_config.json"] if adapter else [])]
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in markers):
         raise ConfigError(f"{path}: not empty, and not an earlier export; choose another folder or empty this one")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _barrier(name: str) -> None:
