@@ -168,7 +168,7 @@ def test_on_a_terminal_it_is_coloured_unless_that_is_not_wanted(files, environme
     [
         (["--data", "nowhere.jsonl"], 74, "nowhere.jsonl: no such file"),
         (["--out", "x.txt"], 78, "has to end in .jsonl or .html"),
-        (["--out", "/nowhere/x.jsonl"], 74, "can't write /nowhere/x.jsonl"),
+        (["--out", "/dev/null/x.jsonl"], 74, "can't write /dev/null/x.jsonl"),
         (["--template", "chatlm"], 78, "chat template 'chatlm'"),
         (["--split", "[9:]"], 65, "leaves none"),
         (["--out", "x.html", "--max_length", "100"], 78, "use 128"),
