@@ -270,7 +270,7 @@ def test_tables_with_semicolons(tmp_path):
         ("a.csv", 'a,b\n"1\n2","x\n3",y\n4,"z\n', "a.csv:5: a quote opens here"),
         ("a.csv", '"a,b\n1,2\n', "a.csv:1: a quote opens here"),
         ("a.jsonl", '{"a": 1}\n{"a": "b', "a.jsonl:2: the file ends in the middle of a row"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 50)[:-9], "cut short or damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 50, mtime=0)[:-9], "cut short or damaged"),
         ("a.jsonl.zst", pa.Codec("zstd").compress(b'{"a": 1}\n' * 50).to_pybytes()[:-5], "cut short or damaged"),
         ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n' * 50)[:-9], "cut short or damaged"),
         ("a.arrow", b"\xff\xff\xff\xff\x10", "cut short"),
