@@ -143,7 +143,7 @@ def by_environment(commands: list[pages.Command]) -> list[pages.Command]:
 def run_command(lane: Lane, command: pages.Command) -> None:
     text = given.filled(command.text)
     if "localhost:8000" in text and not lane.serving:
-        lane.must("a server", "python tools/serve.py --model export=models/tiny", server=True)
+        lane.must("a server", "python tools/serve.py --model runs/quickstart/export", server=True)
         lane.serving = True
     if "runs/one/export" in text:
         train = given.filled("python -m sftjax.main --config=configs/quickstart.py --config.model.path=DIR")

@@ -33,7 +33,7 @@ SHORTER = (
     (r"tools/quickstart.sh(?!.*--setup_only)", "--config.eval.max_new_tokens=8"),
     (r"sftjax.main .*--config=", "--config.train.max_steps=2 --config.eval.max_new_tokens=4"),
     (r"sftjax.main .*--config=", "--config.data.max_length=256 --config.data.max_eval_rows=4"),
-    (r"tools/evaluate.py|tools/synthesize.py", "--max_new_tokens 8"),
+    (r"tools/evaluate.py|tools/synthesize.py rejection", "--max_new_tokens 8"),
     (r"tools/compare_methods.py|tools/compare_data.py", "--steps 1 --seeds 0 --eval_rows 2"),
     (r"tools/improve.py", "--seeds 0 --held_out 4 --first 8 --second 4 --n 2"),
 )
@@ -75,7 +75,7 @@ def write_files(folder: Path, example: str) -> None:
         "chats.jsonl": chats,
         "train.jsonl": chats,
         "held_out.jsonl": chats[:4],
-        "prompts.jsonl": [{"prompt": f"Tell me about the number {n}."} for n in range(4)],
+        "prompts.jsonl": [{"prompt": f"What capital has {name}?"} for name in ("France", "Peru", "Japan", "Italy")],
         "gsm8k.jsonl": sums[:2],
         "gsm8k_test.jsonl": sums[:4],
         "my_test.jsonl": [{"question": "Which number follows seven hundred and three in counting?"}],
