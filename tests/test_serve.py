@@ -184,7 +184,7 @@ def test_texts_are_completed(client):
     assert all(len(top) <= 3 and token in top for token, top in zip(told.tokens, told.top_logprobs, strict=True))
     assert "".join(chunk.choices[0].text for chunk in complete(stream=True)) == one.text
     assert complete(prompt=[5, 6, 7], max_tokens=openai.NOT_GIVEN).usage.total_tokens == 3 + 16
-    with pytest.raises(openai.BadRequestError, match="no token 99999"):
+    with pytest.raises(openai.BadRequestError, match="id 99999 has no row"):
         complete(prompt=[99999])
 
 
