@@ -26,11 +26,7 @@ from tests.golden import family_cases  # noqa: E402
 from tests.parity import peer_transformers  # noqa: E402
 from tests.weights import tiny  # noqa: E402
 
-pytestmark = [
-    pytest.mark.parity,
-    # PEFT asks transformers by an older name
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.parity
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = Path(__file__).parent
 
