@@ -63,7 +63,7 @@ def test_the_page_has_every_part_and_needs_no_network(curated):
     shown = " ".join("".join(page.text).split())
     for part in (
         "rows kept", "99", "82.5 % of 120", "refusal", "near duplicate", "similarity 0.", "bench.jsonl row 0",
-        "at what temperature in kelvin", "email", "max_length =", "data.jsonl row 71", "max_per_task",
+        "at what temperature in kelvin", "email", "max_length =", "data.jsonl:72", "max_per_task",
     ):  # fmt: skip
         assert part in shown, part
     assert all(link.startswith("#") for link in page.links)

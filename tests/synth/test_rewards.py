@@ -36,7 +36,7 @@ def classifier(model, folder, labels):
     names = {str(number): f"LABEL_{number}" for number in range(labels)}
     config |= {"architectures": ["LlamaForSequenceClassification"], "id2label": names}
     (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((model / name).read_bytes())
     tensors = {name: read(stored) for name, stored in safetensors.open_folder(hf.Folder(str(model))).items()}
     del tensors["lm_head.weight"]
