@@ -45,6 +45,11 @@ def folders(tmp_path_factory):
     return base, home / "adapter"
 
 
+def said(errors) -> list[str]:
+    """What a server wrote on stderr beside the names of its phases."""
+    return [line for line in errors.read_text().splitlines() if not re.fullmatch(r"[a-z ]+: [\d.]+ s", line)]
+
+
 @contextlib.contextmanager
 def serving(folders, log, *flags):
     """A server as a child process; its address, and the process."""
@@ -72,7 +77,7 @@ def server(folders, tmp_path_factory):
         yield url
         child.send_signal(signal.SIGINT)
         assert child.wait(timeout=30) == 0
-        assert log.read_text() == ""
+        assert said(log) == []
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +290,7 @@ def test_the_end_is_clean_with_answers_in_the_making(folders, tmp_path):
         assert child.wait(timeout=60) == 0
         with pytest.raises(openai.APIConnectionError):
             chat(client)
-    assert (tmp_path / "stderr").read_text() == ""
+    assert said(tmp_path / "stderr") == []
 
 
 def test_an_address_in_use_is_told_before_anything_is_loaded(server, folders):
