@@ -15,7 +15,7 @@ NOT_RUN = {
     r"^(srun|gcloud|xpk) |--coordinator=": "needs a cluster",
     r"PYTHON_WITH_TRL": "compares with another trainer, in its own environment",
     r"--config.model.path=gemma.gguf": "needs a model from a hub",
-    r"tools/test.sh|\.ci/|^python -m pytest|make_families.py": "the stages of .ci/run",
+    r"tools/test.sh|\.ci/|^python -m pytest|make_families.py|tests/parity/": "the stages of .ci/run",
     r"SFTJAX_WHEELS=": "needs data sets that are packages of 100 MB and more",
 }
 # Minutes each; run with --nightly, and parsed otherwise.
@@ -83,6 +83,12 @@ def write_files(folder: Path, example: str) -> None:
         "plain.jsonl": texts,
     }.items():
         folder.joinpath(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder.joinpath("qa.csv").write_text("".join(["ask,reply\n", *(f"What is {n}?,A number.\n" for n in range(8))]))
+    folder.joinpath("own.jinja").write_text(
+        "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+        "{% if message.role == 'assistant' %}<|fin|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     benchmarks, tasks = folder / "benchmarks", folder / "my_tasks"
     benchmarks.mkdir()
     benchmarks.joinpath("gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums[:4]))
