@@ -110,11 +110,13 @@ class RunFolder:
             ) from error
 
     def read_derived(self, name: str) -> Any:
-        """The content of a JSON file that the run can make again; one that can't be read is put aside, and said."""
+        """The content of a JSON file that the run can make again; one that can't be read is put aside, and said (by a dry
+        run neither)."""
         try:
             return self.read_json(name)
         except StorageError as error:
-            put_aside(self.file(name), str(error.__cause__))
+            if self._writes:
+                put_aside(self.file(name), str(error.__cause__))
             return None
 
     def write_json(self, name: str, value: Any) -> None:

@@ -54,6 +54,16 @@ def test_broken_json_names_the_file(tmp_path):
             run.read_json("config.json")
 
 
+def test_a_torn_file_that_can_be_made_again_is_put_aside_but_not_by_a_dry_run(tmp_path, capsys):
+    (tmp_path / "summary.json").write_text("{")
+    assert RunFolder.open(tmp_path, dry_run=True).read_derived("summary.json") is None
+    assert os.listdir(tmp_path) == ["summary.json"]
+    with RunFolder.open(tmp_path) as run:
+        assert run.read_derived("summary.json") is None
+    assert os.listdir(tmp_path) == ["summary.json.damaged"]
+    assert "summary.json: can't be read" in capsys.readouterr().out
+
+
 def test_remote_folder_works_through_fsspec():
     with RunFolder.open("memory://bucket/run") as run:
         run.write_json("config.json", {"a": 1})
