@@ -110,8 +110,8 @@ class RunFolder:
             ) from error
 
     def read_derived(self, name: str) -> Any:
-        """The content of a JSON file that the run can make again; one that can't be read is put aside, and said (by a dry
-        run neither)."""
+        """The content of a JSON file that the run can make again. One that can't be read is put aside, and said; by a
+        dry run neither."""
         try:
             return self.read_json(name)
         except StorageError as error:
